@@ -1,15 +1,123 @@
-"""MolGPT with an evidential head (work in progress: the tokenizer that data/molecules/prepare.py imports)."""
-import re
+"""
+Molecules from molecules: MolGPT, a small GPT over SMILES tokens, with an evidential (Dirichlet) head.
 
+python train_edl.py                                        # no flags: builds a demo set, trains, samples; minutes on a CPU
+python train_edl.py --dry_run                              # everything once, in seconds
+python data/molecules/prepare.py --input moses.csv --name moses && python train_edl.py --data_dir data/molecules/moses
+torchrun --nproc_per_node=8 train_edl.py --data_dir data/molecules/moses --run_name big       # eight GPUs
+torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train_edl.py --run_name big
+python train_edl.py --resume --run_name big                # goes on bit for bit where the newest checkpoint stands
+python train_edl.py eval --run_name big                    # table of metrics, beside n-gram models
+python train_edl.py sample --run_name big --num_samples 1000 --out molecules.csv
+python train_edl.py --edl_loss_type mse --edl_evidence softplus --edl_kl_weight 1   # the original recipe, to compare
+
+tokens (B, T) -> embedding + position (B, T, D) -> n_layer x [causal attention, GELU MLP] -> logits (B, T, K)
+-> evidence e = exp(logits) or softplus(logits) -> Dirichlet alpha = e + 1, S = sum alpha, vacuity K / S
+
+What used to break here, and what stops it:
+  lgamma and digamma of large evidence in bfloat16 (the KL came out negative)   float32 islands; dirichlet_kl without cancellation
+  exp evidence overflowing                                                      |logits| are clamped at 15
+  KL at full weight flattening the language model                               --edl_kl_weight 0; checkpoints chosen by NLL alone
+  a bad batch skipped on one rank while the others wait                         guard.backward, guard.step: one decision for all
+  drawing tokens from alpha / S leaking K / S of uniform noise into each one     tokens are drawn from e / sum e
+  runs without BOS, EOS, resume or their own vocabulary                         all are in the checkpoint
+
+Bagal et al. 2022 (MolGPT, J. Chem. Inf. Model. 62, 2064); Sensoy, Kaplan, Kandemir 2018 (evidential deep learning,
+arXiv 1806.01768; equations 3-5 below are theirs); Polykovskiy et al. 2020 (MOSES metrics).
+"""
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from common import (Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows, launch, listen,
+                    local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
+from runs import (Run, checkpoints, load_tensors, model_tensors, newest, parse_flags, read_file, restore, resume_config,
+                  save_checkpoint, write_file)
+
+# B rows (molecules), T positions, K tokens in the vocabulary (classes), D width, H heads, N = positions of a batch in a row
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+@dataclass
+class Config:
+    # common to all scripts
+    run_name: str = ""  # folder in out_dir; empty: made from the time
+    out_dir: str = "out"  # where runs are written
+    data_dir: str = ""  # prepared data; empty: the demo set, built if missing
+    seed: int = 0  # of weights, row order and dropout
+    device: str = "auto"  # auto, cuda, mps, cpu
+    dtype: str = "auto"  # of the autocast: auto, float32, bfloat16, float16
+    compile: bool = False  # torch.compile the model
+    batch_size: int = 512  # rows per process and micro-batch
+    grad_accum: int = 1  # micro-batches per optimizer step
+    max_epochs: int = 20  # passes over the training rows
+    max_steps: int = 0  # optimizer steps; 0: as max_epochs says
+    learning_rate: float = 6e-4  # after the warm-up
+    min_lr: float = 0.1  # at the end of the cosine, as a share of learning_rate
+    warmup_steps: int = 300  # of linear warm-up
+    weight_decay: float = 0.1  # on matrices; none on biases, norms, embeddings' rows of one number
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    grad_clip: float = 1.0  # largest global gradient norm; 0: off
+    on_nonfinite: str = "skip"  # skip the step, or stop the run
+    max_skips: int = 10  # more in a row, or in total more than max(this, 1 % of the steps), stop the run
+    skip_steps: str = ""  # steps to pass over, as 17,40-45
+    eval_every: int = 500  # steps between validations; 0: only at the end
+    save_every: int = 500  # steps between checkpoints; 0: only at the end
+    keep: int = 3  # newest checkpoints that stay; 0: all
+    sample_every: int = 0  # steps between looks at samples; 0: only at the end
+    log_every: int = 100  # steps between progress lines; 0: none
+    resume: bool = False  # go on from the newest checkpoint of run_name
+    dry_run: bool = False  # a tiny model and few steps: does everything run?
+    wandb: str = ""  # offline or online; empty: off
+    # this script
+    n_layer: int = 8  # decoder blocks
+    n_head: int = 8  # attention heads
+    n_embd: int = 256  # width
+    dropout: float = 0.1  # in embedding, attention and residual branches
+    use_edl: bool = True  # evidential head; --no_edl is the plain language model
+    edl_loss_type: str = "digamma"  # log: Type-II likelihood; digamma: Bayes risk of cross-entropy; mse: of squares
+    edl_evidence: str = "exp"  # exp or softplus of the logits
+    edl_kl_weight: float = 0.0  # of the KL to the uniform Dirichlet; the original's is 1
+    edl_annealing_step: float = 10.0  # epochs over which the KL's weight grows to its full size
+    eval_rows: int = 4000  # validation rows looked at during training; 0: all
+    gpu_ids: str = ""  # visible GPUs, as 0,1
+    num_gpus: int = 0  # refuse to start with another number of processes; 0: any
+
+
+CPU = dict(batch_size=64, max_epochs=6, learning_rate=2e-3, warmup_steps=100, n_layer=4, n_head=4, n_embd=128, dropout=0.0,
+           eval_every=250, save_every=250, log_every=50, eval_rows=1000)   # without a GPU, where no flag says otherwise
+DRY = dict(batch_size=16, max_steps=20, warmup_steps=5, n_layer=2, n_head=2, n_embd=32, eval_every=10, save_every=10, log_every=5)
+ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/molecules/{}", "no_edl": "use_edl=False",
+           "wandb_online": "wandb=online"}
+FIXED = ("data_dir", "n_layer", "n_head", "n_embd", "use_edl", "edl_loss_type", "edl_evidence")   # a resume keeps them
+
+
+# ------------------------------------------------------------------------------------------------------------ data
 SMILES_TOKEN = re.compile(r"\[[^\]]+\]|Br|Cl|[BCNOSPFI]|[bcnosp]|[().=#\-+\\/:~@?>*$]|%[0-9]{2}|[0-9]")
-SPECIALS = ["<bos>", "<eos>"]                     # ids 0 and 1 of every vocabulary
+BOS, EOS = 0, 1
+SPECIALS = ["<bos>", "<eos>"]  # ids 0 and 1 of every vocabulary
 
 
 def tokenize(smiles):
-    """Split a SMILES string (str) into tokens (list of str) whose concatenation is the string again.
+    """Split a SMILES string into tokens, a list of str whose concatenation is the string again.
 
-    Raises ValueError naming the first character that is no SMILES token: findall alone would drop it silently.
-    """
+    Raises ValueError naming the first character that is no SMILES token: findall alone would drop it silently."""
     tokens = SMILES_TOKEN.findall(smiles)
     if "".join(tokens) != smiles:
         position = 0
@@ -19,3 +127,700 @@ def tokenize(smiles):
             position += len(token)
         raise ValueError(f"character {position + 1} ({smiles[position]!r}) of {smiles[:60]!r} is no SMILES token")
     return tokens
+
+
+@dataclass(eq=False)
+class Data:
+    """All rows as one table of token ids; a row is BOS, its tokens, EOS."""
+    table: torch.Tensor  # (sum of lengths + 1 per row,) uint8 or int16, on the device
+    start: np.ndarray  # (rows,) int64, where a row's BOS stands in the table
+    length: np.ndarray  # (rows,) int64, targets of a row: its tokens and EOS
+    rows: dict  # split -> (rows of the split,) int64
+    vocab: list  # K tokens
+    canonical: bool  # are the SMILES RDKit's canonical ones?
+
+    @property
+    def block(self):
+        """Positions a model of these rows needs."""
+        return int(self.length.max())
+
+    def smiles(self, row):
+        """The row as a string."""
+        ids = self.table[self.start[row] + 1:self.start[row] + self.length[row]]
+        return "".join(self.vocab[i] for i in ids.tolist())
+
+
+def load_data(config, device="cpu"):
+    """Load data_dir -> Data on the device; without data_dir the demo set, which rank 0 builds if it is not there yet."""
+    folder = Path(config.data_dir or Path(__file__).parent / "data/molecules" / ("demo500" if config.dry_run else "demo"))
+    if not config.data_dir and not (folder / "meta.json").exists():
+        if int(os.environ.get("RANK", 0)) == 0:
+            command = [sys.executable, str(Path(__file__).parent / "data/molecules/prepare.py"), "--demo"]
+            command += ["--limit", "500", "--name", "demo500"] if config.dry_run else []
+            print(f"no --data_dir: building the demo set once by {' '.join(command[1:])}", flush=True)
+            if subprocess.run(command).returncode:
+                fail("the demo set could not be built, see above")
+        agree(0, device)                            # the others wait
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens, offsets, split = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "offsets", "split")]
+    except (OSError, ValueError) as error:
+        fail(f"--data_dir {folder} is no prepared data ({error}): python data/molecules/prepare.py --input FILE --name N")
+    n_rows, rows = len(split), {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}
+    if not len(rows.get("train", [])) or not len(rows.get("val", [])):
+        fail(f"--data_dir {folder}: no rows in the train or the val split")
+    start = offsets[:-1] + 2 * np.arange(n_rows)    # each row before this one has put in a BOS and an EOS
+    length = np.diff(offsets) + 1
+    table = np.full(len(tokens) + 2 * n_rows, EOS, tokens.dtype if tokens.dtype == np.uint8 else np.int16)
+    table[start] = BOS
+    table[np.arange(len(tokens)) + 2 * np.repeat(np.arange(n_rows), np.diff(offsets)) + 1] = tokens
+    return Data(torch.from_numpy(table).to(device), start, length, rows, meta["vocab"], meta["canonical"])
+
+
+WINDOW = 16                                         # global batches that are sorted by length together
+
+
+@functools.lru_cache(maxsize=2)
+def bucketed_rows(data, split, global_batch, seed, window):
+    """The rows of `window` consecutive global batches, (window size, global_batch), each batch of similar lengths.
+
+    Sorting cuts the pads from a fifth of all positions to some percent, for all ranks alike; the batches come in random order."""
+    rows = data.rows[split]
+    size = max(1, min(WINDOW, len(rows) // global_batch))
+    taken = rows[global_rows(len(rows), size * global_batch, seed, window)]
+    batches = taken[np.argsort(data.length[taken], kind="stable")].reshape(size, global_batch)
+    return np.random.default_rng([seed, window]).permutation(batches)
+
+
+def get_rows(data, rows):
+    """-> dict of tokens, targets (B, T) int64 and mask (B, T) bool on the table's device; T is the longest row's."""
+    device, length = data.table.device, data.length[rows]
+    place, length = (cast(x, device) for x in (data.start[rows], length))
+    t = torch.arange(int(data.length[rows].max()), device=device)
+    mask = t < length[:, None]
+    index = torch.where(mask, place[:, None] + t, place[:, None])
+    tokens, targets = data.table[index].long(), data.table[index + 1].long()
+    return {"tokens": tokens, "targets": targets, "mask": mask}
+
+
+def get_batch(data, split, step, config, micro=0):
+    """This rank's micro-batch of a step: get_rows plus count (targets of the whole step, all ranks) and epoch (float)."""
+    global_batch = config.batch_size * config.grad_accum * world_size()
+    size = max(1, min(WINDOW, len(data.rows[split]) // global_batch))
+    rows = bucketed_rows(data, split, global_batch, config.seed, step // size)[step % size]
+    return get_rows(data, local_rows(rows, micro, config.grad_accum)) | {
+        "count": int(data.length[rows].sum()), "epoch": step * global_batch / len(data.rows[split])}
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.out = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, past=None):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)   # each (B, H, T, D/H)
+        if past is not None:                        # [k, v] of the positions before, grown in place
+            k, v = past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v))] if past else [k, v]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.up, self.down = nn.Linear(config.n_embd, 4 * config.n_embd), nn.Linear(4 * config.n_embd, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, past=None):
+        x = x + self.drop(self.attention(self.norm1(x), past))
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class MolGPT(nn.Module):
+    """Pre-LN decoder with learned positions and an untied head; 6.35 M parameters at 8 layers of width 256 on MOSES."""
+    def __init__(self, config, vocab, block):
+        super().__init__()
+        self.about = {"config": dataclasses.asdict(config), "vocab": vocab, "block": block}   # rebuilds it: see load_model
+        self.vocab, self.block, self.evidence = vocab, block, config.edl_evidence if config.use_edl else "none"
+        self.token, self.position = nn.Embedding(len(vocab), config.n_embd), nn.Embedding(block, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm, self.head = nn.LayerNorm(config.n_embd), nn.Linear(config.n_embd, len(vocab), bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens, past=None):
+        """tokens (B, T) int64 -> logits (B, T, K). past: one list per layer, empty at first, for decoding step by step."""
+        seen = past[0][0].shape[2] if past and past[0] else 0
+        x = self.drop(self.token(tokens) + self.position.weight[seen:seen + tokens.shape[1]])
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if past is None else past[i])
+        return self.head(self.norm(x))
+
+
+def load_model(path, device="cpu"):
+    """A best.safetensors (or an event's model.safetensors) -> MolGPT in eval mode. Raises ValueError if it is damaged."""
+    tensors, body = read_file(path)
+    about = body["about"]
+    model = MolGPT(Config(**about["config"]), about["vocab"], about["block"])
+    load_tensors(model, tensors, path)
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+def log_evidence(logits, evidence):
+    """Logits (..., K) -> log e, float32, the logits of the token distribution e / sum e. 'none' is a plain softmax."""
+    logits = logits.float()
+    if evidence == "softplus":
+        return F.softplus(logits).clamp(min=1e-30).log()
+    return logits.clamp(-15, 15) if evidence == "exp" else logits
+
+
+def lgamma_part(x):
+    """f(x) = lgamma(x) - (x - 1) digamma(x) + x for x >= 1: grows like log(x) / 2, so sums of it do not cancel in float32."""
+    near, far = x.clamp(max=12), x.clamp(min=12)
+    r = 1 / far                                     # Stirling's series of both functions; next term below 2e-8 at 12
+    series = 0.5 * far.log() + 0.5 * math.log(2 * math.pi) + 0.5 - r / 3 - r ** 2 / 12 - r ** 3 / 90 + r ** 4 / 120
+    return torch.where(x < 12, near.lgamma() - (near - 1) * near.digamma() + near, series)
+
+
+def dirichlet_kl(alpha):
+    """KL(Dirichlet(alpha) || Dirichlet(1, ..., 1)): alpha (N, K) float32, >= 1 -> (N,) >= 0 in nats.
+
+    lnG(S) - lnG(K) - sum lnG(alpha) + sum (alpha - 1)(psi(alpha) - psi(S)), regrouped by lgamma_part: the terms of order
+    alpha log(alpha), which would take all digits of a float32, have cancelled on paper."""
+    K, S = alpha.shape[-1], alpha.sum(-1)
+    return (lgamma_part(S) + (K - 1) * S.digamma() - math.lgamma(K) - lgamma_part(alpha).sum(-1)).clamp(min=0)
+
+
+def edl_loss(logits, targets, kind, evidence, kl_weight, mask=None, count=None):
+    """Evidential loss of logits (N, K) for targets (N,) int64 -> (loss, parts), all 0-dim float32.
+
+    kind: 'log' Type-II maximum likelihood (Sensoy et al. eq. 3), 'digamma' Bayes risk of the cross-entropy (eq. 4), 'mse'
+    Bayes risk of the squared error (eq. 5). kl_weight: of the KL to the uniform Dirichlet after the true class's evidence
+    is taken out; None leaves it out. mask (N,): which rows count; the sum over them is divided by count (default: their number).
+    parts: risk, kl, nll (nats, of the token distribution e / sum e) and vacuity K / S, likewise summed / count."""
+    with float32_island(logits):
+        log_e = log_evidence(logits, evidence)
+        alpha = 1 + (F.softplus(logits.float()) if evidence == "softplus" else log_e.exp())
+        S, alpha_c = alpha.sum(-1), alpha.gather(-1, targets[:, None])[:, 0]
+        if kind == "log":
+            risk = S.log() - alpha_c.log()
+        elif kind == "digamma":
+            risk = S.digamma() - alpha_c.digamma()
+        else:
+            assert kind == "mse", kind
+            p_square = ((alpha / S[:, None]) ** 2).sum(-1)
+            risk = p_square - 2 * alpha_c / S + 1 + (1 - p_square) / (S + 1)
+        mask = torch.ones_like(risk) if mask is None else mask.float()
+        mean = (lambda x: (x * mask).sum() / (mask.sum() if count is None else count))
+        loss, parts = mean(risk), {}
+        if kl_weight is not None:
+            without_target = alpha.scatter(-1, targets[:, None], 1.0)
+            kl = mean(dirichlet_kl(without_target))
+            loss, parts = loss + kl_weight * kl, {"risk": loss, "kl": kl}
+        with torch.no_grad():
+            parts |= {"nll": mean(F.cross_entropy(log_e, targets, reduction="none")), "vacuity": mean(alpha.shape[-1] / S)}
+        return loss, parts
+
+
+def uncertainty(alpha):
+    """Dirichlet alpha (..., K) float32 -> dict of (...,) float32: vacuity K / S in (0, 1]; total, the entropy of
+    p = alpha / S; aleatoric, the expected entropy; epistemic = total - aleatoric >= 0, the mutual information (nats).
+
+    Where vacuity is called total uncertainty, that is another quantity than the entropy here."""
+    S = alpha.sum(-1, keepdim=True)
+    p = alpha / S
+    total = -(p * p.log()).sum(-1)
+    aleatoric = (p * ((S + 1).digamma() - (alpha + 1).digamma())).sum(-1)
+    return {"vacuity": alpha.shape[-1] / S[..., 0], "total": total, "aleatoric": aleatoric,
+            "epistemic": (total - aleatoric).clamp(min=0)}
+
+
+def compute_loss(model, batch, step, config):
+    """-> (loss, parts): sums over this micro-batch's targets divided by the whole step's count; 0-dim float32."""
+    logits = model(batch["tokens"]).flatten(0, 1)                       # (N, K)
+    targets, mask = batch["targets"].flatten(), batch["mask"].flatten()
+    if config.use_edl:
+        grown = min(1.0, batch["epoch"] / config.edl_annealing_step) if config.edl_annealing_step else 1.0
+        kl_weight = config.edl_kl_weight * grown if config.edl_kl_weight else None
+        return edl_loss(logits, targets, config.edl_loss_type, config.edl_evidence, kl_weight, mask, batch["count"])
+    with float32_island(logits):
+        loss = (F.cross_entropy(logits.float(), targets, reduction="none") * mask).sum() / batch["count"]
+        return loss, {"nll": loss}
+
+
+# ---------------------------------------------------------------------------------------------- evaluation, samples
+UNCERTAINTY = ("vacuity", "total", "aleatoric", "epistemic")
+
+
+@torch.no_grad()
+def evaluate(model, data, config, split="val", max_rows=0):
+    """Means over the targets of a split (of its first max_rows rows; 0: all) -> dict of floats, equal on all ranks.
+
+    nll: nats per token of e / sum e, which selects checkpoints; loss: without KL; for an evidential head UNCERTAINTY too."""
+    model, device = unwrap(model), data.table.device
+    names = ("nll", "loss", *UNCERTAINTY) if config.use_edl else ("nll", "loss")
+    rows = data.rows[split][:max_rows or None]
+    rows = rows[np.argsort(data.length[rows], kind="stable")]
+    was_training, sums = model.training, [torch.zeros(len(names), device=device)]
+    model.eval()
+    for i in range(rank() * 256, len(rows), world_size() * 256):
+        batch = get_rows(data, rows[i:i + 256])
+        with autocast(device, pick_dtype(config.dtype, device)[0]):
+            logits = model(batch["tokens"])[batch["mask"]].float()      # (N, K)
+        targets = batch["targets"][batch["mask"]]
+        log_e = log_evidence(logits, model.evidence)
+        scores = [F.cross_entropy(log_e, targets, reduction="sum")]
+        if config.use_edl:
+            scores += [edl_loss(logits, targets, config.edl_loss_type, config.edl_evidence, None, count=1)[0]]
+            scores += [score.sum() for score in uncertainty(1 + log_e.exp()).values()]
+        sums.append(torch.stack((scores * 2)[:len(names)]))            # the plain model's loss is its nll
+    model.train(was_training)
+    total = torch.stack(sums).cpu().double().sum(0).to(device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return dict(zip(names, (total / float(data.length[rows].sum())).tolist()))
+
+
+@torch.no_grad()
+def generate(model, n, temperature=1.0, top_k=0, prompt=(), seed=0, batch_size=512):
+    """Draw n molecules with a KV cache -> list of dicts of smiles, tokens, finished, nll and, for an evidential head,
+    UNCERTAINTY (means over the tokens drawn, EOS too) and max_vacuity, max_epistemic.
+
+    prompt: token ids that all start with. nll is the model's own, whatever the temperature. The same n, seed and
+    batch_size give the same molecules. A row that has drawn EOS is computed no further."""
+    device, made = model.head.weight.device, []
+    generator = torch.Generator(device).manual_seed(seed)
+    for size in [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0):
+        alive, past = torch.arange(size, device=device), [[] for _ in model.blocks]
+        drawn = torch.full((size, model.block), EOS, device=device)
+        scores, count = torch.zeros(size, 7, device=device), torch.zeros(size, device=device)
+        x = torch.tensor([BOS, *prompt], device=device).expand(size, -1)
+        for t in range(model.block - len(prompt)):
+            logits = model(x, past)[:, -1].float()                      # (alive, K)
+            log_e = log_evidence(logits, model.evidence)
+            weight = (log_e / temperature).index_fill(1, torch.tensor([BOS], device=device), -math.inf)
+            if top_k:
+                weight = weight.masked_fill(weight < weight.topk(min(top_k, weight.shape[1]))[0][:, -1:], -math.inf)
+            token = torch.multinomial(weight.softmax(-1), 1, generator=generator)
+            drawn[alive, t], count[alive] = token[:, 0], count[alive] + 1
+            scores[alive, 0] -= log_e.log_softmax(-1).gather(1, token)[:, 0]
+            if model.evidence != "none":
+                now = uncertainty(1 + log_e.exp())
+                scores[alive, 1:5] += torch.stack([now[name] for name in UNCERTAINTY], 1)
+                highest = torch.stack([now["vacuity"], now["epistemic"]], 1)
+                scores[alive, 5:] = torch.maximum(scores[alive, 5:], highest)
+            going = (token[:, 0] != EOS).nonzero()[:, 0]
+            if not len(going):
+                break
+            alive, x = alive[going], token[going]
+            past = [[kv[going] for kv in layer] for layer in past]
+        scores[:, :5] /= count[:, None]
+        names = ("nll", *UNCERTAINTY, "max_vacuity", "max_epistemic") if model.evidence != "none" else ("nll",)
+        start = "".join(model.vocab[i] for i in prompt)
+        for ids, length, values in zip(drawn.tolist(), count.int().tolist(), scores.tolist()):
+            finished = ids[length - 1] == EOS
+            made.append({"smiles": start + "".join(model.vocab[i] for i in ids[:length - finished]), "tokens": length,
+                         "finished": finished} | dict(zip(names, values)))
+    return made
+
+
+def canonical(smiles):
+    """RDKit's canonical SMILES, or None for what is not a molecule."""
+    from rdkit import Chem, RDLogger
+    RDLogger.DisableLog("rdApp.*")
+    molecule = Chem.MolFromSmiles(smiles) if smiles else None
+    return None if molecule is None else Chem.MolToSmiles(molecule)
+
+
+def describe(smiles, known):
+    """The metrics of MOSES for a list of SMILES: valid; unique among the valid; novel, the share of the unique not in the
+    set `known`; intdiv, 1 - mean Tanimoto similarity (Morgan radius 2, 1024 bits, up to 2,000 molecules, pairs with self)."""
+    from rdkit import Chem
+    from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
+    valid = [s for s in map(canonical, smiles) if s]
+    unique = sorted(set(valid))
+    result = {"n": len(smiles), "valid": len(valid) / max(len(smiles), 1), "unique": len(unique) / max(len(valid), 1),
+              "novel": len([s for s in unique if s not in known]) / max(len(unique), 1), "intdiv": math.nan}
+    if valid:
+        morgan = GetMorganGenerator(radius=2, fpSize=1024)
+        bits = np.array([morgan.GetFingerprintAsNumPy(Chem.MolFromSmiles(s)) for s in valid[:2000]], np.float32)
+        both, size = bits @ bits.T, bits.sum(1)
+        result["intdiv"] = float(1 - (both / (size[:, None] + size - both).clip(1e-9)).mean())
+    return result
+
+
+class NGram:
+    """Token n-gram model of the training rows, the baseline: order 1 is the unigram. Each order is smoothed by the next
+    lower one, p_k(t | c) = (count(c, t) + w p_{k-1}(t | c')) / (count(c) + w) (MacKay and Peto 1995); below stands 1 / K."""
+    def __init__(self, data, order, w=4.0):
+        self.table, self.vocab, self.order, self.w, self.block = data.table.cpu().numpy(), data.vocab, order, w, data.block
+        assert len(data.vocab) ** order < 2 ** 62, "the order is too high for 64-bit codes"
+        codes = self.codes(data.start[data.rows["train"]], data.length[data.rows["train"]])
+        self.counts = [np.unique(code, return_counts=True) for code in codes]
+        self.contexts = [np.unique(code // len(data.vocab), return_counts=True) for code in codes]
+
+    def codes(self, start, length):
+        """For each order k: the last k tokens up to each target, as digits of one int64; before BOS stands BOS."""
+        first = np.repeat(start, length)
+        place = first + 1 + np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
+        digits = [self.table[np.maximum(place - lag, first)].astype(np.int64) for lag in range(self.order)]
+        return [sum(digit * len(self.vocab) ** lag for lag, digit in enumerate(digits[:k])) for k in range(1, self.order + 1)]
+
+    def probability(self, codes):
+        def look_up(known, code):
+            values, counts = known
+            i = np.searchsorted(values, code).clip(max=len(values) - 1)
+            return np.where(values[i] == code, counts[i], 0)
+        p = 1 / len(self.vocab)
+        for known, contexts, code in zip(self.counts, self.contexts, codes):
+            p = (look_up(known, code) + self.w * p) / (look_up(contexts, code // len(self.vocab)) + self.w)
+        return p
+
+    def nll(self, data, split):
+        """Nats per token of a split."""
+        return float(-np.log(self.probability(self.codes(data.start[data.rows[split]], data.length[data.rows[split]]))).mean())
+
+    def generate(self, n, seed=0):
+        """-> list of n SMILES."""
+        K, rng = len(self.vocab), np.random.default_rng(seed)
+        ids = np.full((n, self.order - 1 + self.block + 1), BOS)       # enough BOS for the longest context
+        for t in range(self.order, ids.shape[1]):
+            history = [sum(ids[:, t - lag].astype(np.int64) * K ** lag for lag in range(1, k)) for k in range(1, self.order + 1)]
+            p = self.probability([np.add.outer(np.broadcast_to(h, n), np.arange(K)) for h in history])
+            p[:, BOS] = 0
+            edges = p.cumsum(1) / p.sum(1, keepdims=True)
+            token = (rng.random((n, 1)) > edges).sum(1).clip(max=K - 1)
+            ids[:, t] = np.where((ids[:, t - 1] == EOS) & (t > self.order), EOS, token)
+        return ["".join(self.vocab[i] for i in row[self.order:] if i != EOS) for row in ids.tolist()]
+
+
+def draw_grid(path, made, n=24):
+    """A picture of n valid molecules out of all, from the surest to the least sure, each with its scores."""
+    from rdkit import Chem
+    from rdkit.Chem import Draw
+    score = "epistemic" if made and "epistemic" in made[0] else "nll"
+    valid = sorted([m for m in made if canonical(m["smiles"])], key=lambda m: m[score])
+    if valid:
+        shown = [valid[i] for i in np.linspace(0, len(valid) - 1, min(n, len(valid))).astype(int)]
+        legends = [f"{score} {m[score]:.4f}" + (f"  nll {m['nll']:.2f}" if score != "nll" else "") for m in shown]
+        molecules = [Chem.MolFromSmiles(m["smiles"]) for m in shown]
+        Draw.MolsToGridImage(molecules, molsPerRow=6, subImgSize=(240, 200), legends=legends).save(path)
+
+
+def write_csv(path, made):
+    """One row per molecule: smiles, valid and the scores."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["smiles", "valid", *list(made[0])[1:]])
+        writer.writeheader()
+        for m in made:
+            writer.writerow(m | {"valid": canonical(m["smiles"]) is not None})
+
+
+def report(model, data, config, folder, n, temperature=1.0, top_k=0, seed=0, log=print):
+    """The final table: model, n-grams and held-out rows side by side -> dict. Also eval.json, samples/final.csv and .png.
+
+    All ranks come here: they share the likelihoods; rank 0 draws the samples."""
+    splits = [split for split in ("val", "test") if len(data.rows.get(split, []))]
+    rows = {"MolGPT": {split: evaluate(model, data, config, split) for split in splits}}
+    if rank() > 0:
+        return rows["MolGPT"]
+    made = generate(model, n, temperature, top_k, seed=seed)
+    known = [data.smiles(row) for row in data.rows["train"]]
+    known = set(known if data.canonical else map(canonical, known))
+    rows["MolGPT"] |= describe([m["smiles"] for m in made], known)
+    for name, order in (("6-gram", 6), ("unigram", 1)):
+        ngram = NGram(data, order)
+        rows[name] = {split: {"nll": ngram.nll(data, split)} for split in splits} | describe(ngram.generate(n, seed), known)
+    rows[f"{splits[-1]} rows"] = describe([data.smiles(row) for row in data.rows[splits[-1]][:n]], known)
+    log(f"{n} samples each, temperature {temperature}" + (f", top_k {top_k}" if top_k else "") + f", seed {seed}")
+    log(f"{'':12}" + "".join(f"{name:>12}" for name in [f"{s} NLL/token" for s in splits] + ["valid", "unique", "novel", "IntDiv"]))
+    for name, row in rows.items():
+        cells = [row[s]["nll"] if s in row else math.nan for s in splits] + [row[k] for k in ("valid", "unique", "novel", "intdiv")]
+        log(f"{name:12}" + "".join(f"{'' if math.isnan(cell) else format(cell, '.4f'):>14}" for cell in cells))
+    write_csv(folder / "samples/final.csv", made)
+    draw_grid(folder / "samples/final.png", made)
+    (folder / "eval.json").write_text(json.dumps({"temperature": temperature, "top_k": top_k, "seed": seed, "rows": rows}, indent=1))
+    return rows["MolGPT"]
+
+
+# --------------------------------------------------------------------------------------------------- training loop
+def lr_at(step, max_steps, config):
+    """Linear warm-up, then a cosine down to the share min_lr: a function of the step, so there is nothing to save."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    return config.learning_rate * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def steps_in(text):
+    """'17,40-45' -> {17, 40, ..., 45}"""
+    parts = [part.partition("-") for part in text.split(",") if part]
+    try:
+        return {step for first, _, last in parts for step in range(int(first), int(last or first) + 1)}
+    except ValueError:
+        fail(f"--skip_steps {text}: write steps as 17,40-45")
+
+
+def train(config):
+    """Train, evaluate, sample; under torchrun every process calls this -> dict of final metrics. Raises NonFinite."""
+    device = launch(config.device)
+    try:
+        return run_training(config, device)
+    finally:
+        finish()
+
+
+def run_training(config, device):
+    listen()
+    torch.manual_seed(config.seed)
+    started = agree(int(time.time()), device)
+    config = dataclasses.replace(config, run_name=config.run_name or time.strftime("edl_molgpt_%Y%m%d_%H%M%S", time.localtime(started)))
+    data = load_data(config, device)
+    model = MolGPT(config, data.vocab, data.block).to(device)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+    # where to go on from: rank 0 decides, all load the same file
+    folder = Path(config.out_dir) / config.run_name
+    start, best, saved = 0, math.inf, None
+    if config.resume:
+        saved = newest(folder) if rank() == 0 else None
+        start = agree(saved[2]["step"] if saved else 0, device)
+        if start and rank() > 0:
+            saved = (None, *read_file(folder / f"step-{start:08d}.safetensors"))
+    elif agree(len(checkpoints(folder)), device):
+        fail(f"{folder} holds checkpoints already: --resume goes on from them, another --run_name starts anew")
+    if saved:
+        restore(model, optimizer, *saved[1:])
+        best = saved[2]["best"]
+    global_batch = config.batch_size * config.grad_accum * world_size()
+    steps_per_epoch = len(data.rows["train"]) / global_batch
+    max_steps = config.max_steps or math.ceil(config.max_epochs * steps_per_epoch)
+    dtype, reason = pick_dtype(config.dtype, device)
+    skip_steps = steps_in(config.skip_steps)
+
+    run = Run(config, start, {"max_steps": max_steps, "steps_per_epoch": steps_per_epoch, "global_batch": global_batch})
+    raw_model, compute = model, (lambda: autocast(device, dtype))
+    model = wrap_ddp(torch.compile(model) if config.compile else model, device).train()
+
+    def examine(step, now):                         # the guard calls this once, at the first bad step of a run
+        import autopsy
+        def loss_of(batch):
+            with compute():
+                return compute_loss(raw_model, batch, step, config)[0]
+        autopsy.examine(Path(__file__).stem, run, raw_model, config, dtype, step, now,
+                        lambda micro: get_batch(data, "train", step, config, micro), loss_of)
+
+    guard = Guard(model, optimizer, config.grad_clip, config.on_nonfinite, config.max_skips, dtype == torch.float16, examine, run.log)
+    if saved:
+        guard.load_state_dict(saved[2]["guard"])
+
+    def save(step):
+        if run.main:
+            path = save_checkpoint(folder, step, raw_model, optimizer, {
+                "about": raw_model.about, "config": dataclasses.asdict(config), "best": best, "guard": guard.state_dict()}, config.keep)
+            run.log(f"saved {path}")
+
+    parameters = sum(p.numel() for p in raw_model.parameters())
+    run.log(f"{config.run_name}: {parameters:,} parameters on {world_size()} x {device.type}, {str(dtype)[6:]} ({reason}), effective "
+            f"batch {config.batch_size} x {world_size()} x {config.grad_accum} = {global_batch} molecules, {len(data.rows['train']):,} "
+            f"rows, {max_steps:,} steps, " + (f"resumed at step {start}" if start else "from scratch"))
+    try:
+        for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
+            last = step == max_steps
+
+            # once in a while: the guard's only host read, validation on all ranks, a look at samples, a checkpoint
+            if last or guard.stop_requested or every(step, 1000, config.log_every, config.eval_every, config.save_every, config.sample_every):
+                stats, lr = guard.poll(), lr_at(max(0, step - 1), max_steps, config)
+                if stats["steps"]:
+                    epoch = int((step - 1) / steps_per_epoch)
+                    run.progress(step, max_steps, stats, lr, global_batch, "molecules")
+                    run.log(f"epoch {epoch + 1} iter {step - math.ceil(epoch * steps_per_epoch)}: train loss {stats['loss']:.4f}. "
+                            f"lr {lr:.3e}", shown=False)
+                if last or every(step, config.eval_every):
+                    scores = evaluate(model, data, config, "val", config.eval_rows)
+                    run.log(f"test loss: {scores['loss']:.4f}", shown=False)
+                    run.log(f"step {step:,} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+                    run.measure(step, "val", **scores)
+                    if scores["nll"] < best:        # never true of a NaN
+                        best = scores["nll"]
+                        run.log(f"Saving at epoch {math.ceil(step / steps_per_epoch)}", shown=False)
+                        if run.main:
+                            write_file(folder / "best.safetensors", model_tensors(raw_model), {"about": raw_model.about, "step": step})
+                    run.curves()
+                if (last or every(step, config.sample_every)) and config.sample_every and run.main:
+                    raw_model.eval()
+                    write_csv(folder / f"samples/step-{step:08d}.csv", generate(raw_model, 64, seed=config.seed))
+                    raw_model.train()
+                if last or guard.stop_requested or every(step, config.save_every):
+                    save(step)
+                run.resume_clock()
+            if last or guard.stop_requested:
+                break
+            if step in skip_steps:                  # the same on all ranks
+                continue
+
+            # ---------------- one optimizer step ----------------
+            lr = lr_at(step, max_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for micro in range(config.grad_accum):
+                seed_step(config.seed, step, rank(), micro)
+                guard.sync_gradients(micro == config.grad_accum - 1)
+                with compute():
+                    loss, parts = compute_loss(model, get_batch(data, "train", step, config, micro), step, config)
+                guard.backward(loss, parts)
+            guard.step(step)
+    except NonFinite as error:
+        save(error.step)                            # non-finite weights go to a file that no resume picks up
+        raise
+    if not last:
+        run.log(f"stopped by a signal at step {step}; go on: python train_edl.py --resume --run_name {config.run_name}")
+        return {"step": step, "best": best}
+    agree(0, device)                                # best.safetensors is written
+    model = load_model(folder / "best.safetensors", device)
+    result = report(model, data, config, folder, 32 if config.dry_run else 1000, log=run.log)
+    run.log(f"done: {folder}/samples/final.png, curves.png, best.safetensors; more: python train_edl.py sample --run_name {config.run_name}")
+    agree(0, device)                                # rank 0 has drawn its samples
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+@dataclass
+class SampleFlags:
+    run_name: str = ""  # whose best.safetensors
+    out_dir: str = "out"  # where runs are
+    num_samples: int = 100  # molecules to draw
+    temperature: float = 1.0  # below 1: nearer to the most likely
+    top_k: int = 0  # draw from the k most likely tokens; 0: from all
+    prompt: str = ""  # SMILES that every molecule starts with; C is how the original starts
+    out: str = "samples.csv"  # where to write
+    seed: int = 0  # of the drawing
+    batch_size: int = 512  # molecules drawn at once
+    device: str = "auto"  # auto, cuda, mps, cpu
+
+
+@dataclass
+class EvalFlags:
+    run_name: str = ""  # whose best.safetensors
+    out_dir: str = "out"  # where runs are
+    data_dir: str = ""  # prepared data; empty: the run's own
+    num_samples: int = 1000  # molecules to draw
+    temperature: float = 1.0  # below 1: nearer to the most likely
+    top_k: int = 0  # draw from the k most likely tokens; 0: from all
+    seed: int = 0  # of the drawing
+    device: str = "auto"  # auto, cuda, mps, cpu
+
+
+def open_run(flags, device):
+    """-> the run's folder and its best model."""
+    folder = Path(flags.out_dir) / flags.run_name
+    if not flags.run_name or not (folder / "best.safetensors").exists():
+        runs = sorted(path.parent.name for path in Path(flags.out_dir).glob("*/best.safetensors"))
+        fail(f"no {folder}/best.safetensors; --run_name wants one of: {', '.join(runs) or 'none yet, run python train_edl.py'}")
+    if flags.num_samples < 1 or flags.temperature <= 0 or flags.top_k < 0:
+        fail("--num_samples and --temperature must be above 0, --top_k not below")
+    try:
+        return folder, load_model(folder / "best.safetensors", device)
+    except ValueError as error:
+        fail(str(error))
+
+
+def main_sample(argv):
+    flags, _ = parse_flags(SampleFlags, argv, "Draw molecules from a trained model.")
+    folder, model = open_run(flags, launch(flags.device))
+    try:
+        prompt = tokenize(flags.prompt)
+    except ValueError as error:
+        fail(f"--prompt: {error}")
+    for token in prompt:
+        if token not in model.vocab:
+            fail(f"--prompt: the model has never seen {token!r}; it knows {' '.join(model.vocab[2:])}")
+    if len(prompt) >= model.block:
+        fail(f"--prompt has {len(prompt)} tokens, the model's molecules at most {model.block - 1}")
+    made = generate(model, flags.num_samples, flags.temperature, flags.top_k, [model.vocab.index(t) for t in prompt], flags.seed,
+                    flags.batch_size)
+    write_csv(flags.out, made)
+    metrics = describe([m["smiles"] for m in made], set())
+    print(f"{flags.out}: {metrics['n']} molecules at temperature {flags.temperature}, valid {metrics['valid']:.4f}, unique "
+          f"{metrics['unique']:.4f}, IntDiv {metrics['intdiv']:.4f}")
+
+
+def main_eval(argv):
+    flags, _ = parse_flags(EvalFlags, argv, "The table of metrics of a trained model.")
+    device = launch(flags.device)
+    folder, model = open_run(flags, device)
+    config = Config(**model.about["config"])
+    data = load_data(dataclasses.replace(config, data_dir=flags.data_dir or config.data_dir), device)
+    if data.vocab != model.vocab:
+        fail(f"the model's vocabulary is not that of {flags.data_dir or config.data_dir or 'the demo set'}")
+    report(model, data, config, folder, flags.num_samples, flags.temperature, flags.top_k, flags.seed)
+
+
+def settle(config, given):
+    """Fill in what the user left open: a checkpoint's config, the dry run, the CPU preset. Flags always win. -> Config"""
+    if config.gpu_ids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.num_gpus and config.num_gpus != world:
+        fail(f"--num_gpus {config.num_gpus}, but {world} process(es): torchrun --nproc_per_node={config.num_gpus} train_edl.py ...")
+    if config.resume:
+        folder = Path(config.out_dir) / config.run_name
+        if not config.run_name:
+            fail(f"--resume needs --run_name; {config.out_dir} holds: {', '.join(sorted(p.name for p in Path(config.out_dir).glob('*')))}")
+        found = newest(folder, lambda text: None)
+        if found:
+            return resume_config(config, given, found[2]["config"], FIXED)
+    cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
+    preset = {} if cuda else CPU
+    if config.dry_run:
+        preset = preset | DRY
+    preset = {name: value for name, value in preset.items() if name not in given}
+    if preset and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{'dry run' if config.dry_run else 'CPU preset'}: " + " ".join(f"--{k} {v}" for k, v in preset.items()), flush=True)
+    return dataclasses.replace(config, **preset)
+
+
+def check(config):
+    """End in fail() on what cannot work -> Config"""
+    if config.n_embd % config.n_head:
+        fail(f"--n_embd {config.n_embd} does not divide by --n_head {config.n_head}")
+    for name in ("batch_size", "grad_accum", "n_layer", "n_head", "n_embd", "learning_rate"):
+        if getattr(config, name) <= 0:
+            fail(f"--{name} {getattr(config, name)}: must be above 0")
+    for name, choices in {"edl_loss_type": ("log", "digamma", "mse"), "edl_evidence": ("exp", "softplus"),
+                          "on_nonfinite": ("skip", "stop"), "wandb": ("", "offline", "online")}.items():
+        if getattr(config, name) not in choices:
+            fail(f"--{name} {getattr(config, name)}: one of {', '.join(filter(None, choices))}")
+    return config
+
+
+def main(argv):
+    if argv[:1] == ["sample"]:
+        return main_sample(argv[1:])
+    if argv[:1] == ["eval"]:
+        return main_eval(argv[1:])
+    config, given = parse_flags(Config, argv, __doc__, ALIASES)
+    try:
+        train(check(settle(config, given)))
+    except NonFinite as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
