@@ -21,7 +21,10 @@ from torch.nn.utils import get_total_norm
 class NonFinite(RuntimeError):
     """The run must stop, with exit code 3. `step`: the weights, if finite, are those from before this step."""
     def __init__(self, message, step):
-        super().__init__(message)
+        super().__init__(f"""STOPPED before step {step}: {message}. What to try:
+  1. the autopsy in the run's folder: it names the operation where the first Inf or NaN was born
+  2. a lower --learning_rate or a longer --warmup_steps, with --resume
+  3. --dtype float32    4. a smaller --grad_clip    5. --skip_steps {step} with --resume, if only that batch is bad""")
         self.step = step
 
 def fail(message):
@@ -159,7 +162,7 @@ class Guard:
         self.scale, self.healthy, self.latch = start.unbind()
         self.ring, self.steps, self.names = None, [], []
         self.skips = {"output or loss": 0, "gradient": 0, "float16 overflow": 0}
-        self.seen, self.in_a_row, self.told_to_stop = 0, 0, False
+        self.seen, self.in_a_row, self.after, self.told_to_stop = 0, 0, 0, False
         self.on_device = optimizer.defaults.get("fused") and self._canary()
         if not self.on_device:
             log(f"guard: this {type(optimizer).__name__} cannot skip on {self.device}: one host read a step instead")
@@ -249,18 +252,18 @@ class Guard:
         if steps:
             self.ring.zero_()
         self.told_to_stop = bool(table[:, -1].any())
-        after = steps[-1] + 1 if steps else -1
-        good = [k for k in range(len(steps)) if self._account(steps[k], ring[:, k], after)]
+        self.after = steps[-1] + 1 if steps else self.after
+        good = [k for k in range(len(steps)) if self._account(steps[k], ring[:, k])]
         if not np.isfinite(norms).all():
-            raise NonFinite(f"weights are ALREADY non-finite, their norm on each rank: {norms.tolist()}", after)
+            raise NonFinite(f"weights are ALREADY non-finite, their norm on each rank: {norms.tolist()}", self.after)
         if (norms != norms[0]).any():
-            raise NonFinite(f"ranks hold DIFFERENT weights, their norm on each rank: {norms.tolist()}", after)
+            raise NonFinite(f"ranks hold DIFFERENT weights, their norm on each rank: {norms.tolist()}", self.after)
         total = ring[:, good].sum(0).mean(0) if good else np.full(width, math.nan)   # a rank holds its share of a loss
         total = total.tolist()
         return {"steps": len(steps), "loss": total[LOSS], "parts": dict(zip(self.names, total[PARTS:])),
                 "grad_norm": total[NORM] / world_size(), "skipped": sum(self.skips.values())}
 
-    def _account(self, step, row, after):
+    def _account(self, step, row):
         """Count and tell one step, from its ring row on every rank (world_size, width) -> was it taken?"""
         self.seen += 1
         if not row[0, SKIPPED]:
@@ -277,12 +280,12 @@ class Guard:
                  f"step skipped, {self.in_a_row} in a row, {total} in total")
         if counted and self.examine:
             self.examine, examine = None, self.examine
-            examine(step, step if self.policy == "stop" else after)
+            examine(step, step if self.policy == "stop" else self.after)
         if counted and self.policy == "stop":
-            raise NonFinite(f"non-finite {cause} at step {step}; the weights are those from before it", step)
+            raise NonFinite(f"non-finite {cause} at step {step}, {value}; it did not touch the weights", step)
         if self.in_a_row > self.max_skips or total > max(self.max_skips, 0.01 * self.seen):
             raise NonFinite(f"{self.in_a_row} non-finite steps in a row, {total} of {self.seen} in total {self.skips}; "
-                            "none touched the weights", step + 1)
+                            "none touched the weights", self.after)
         return False
 
     def state_dict(self):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as parse_safetensors, save as to_safetensors
 
-from common import fail, rank, unwrap, world_size
+from common import agree, fail, rank, unwrap, world_size
 
 # ----------------------------------------------------------------------------------------------------------- flags
 def _finite(text):
@@ -171,6 +171,12 @@ def newest(folder, log=print):
         except ValueError as error:
             log(f"passed over a damaged checkpoint: {error}")
 
+def load_newest(folder, device):
+    """(tensors, body) of the newest whole checkpoint, or None: rank 0 decides which, all ranks read that one."""
+    found = newest(folder) if rank() == 0 else None
+    step = agree(found[2]["step"] if found else -1, device)
+    return None if step < 0 else found[1:] if found else read_file(Path(folder) / f"step-{step:08d}.safetensors")
+
 def load_tensors(model, tensors, source=""):
     """Copy name -> tensor into the model. Raises ValueError naming what is missing, unexpected or of another shape."""
     own = model_tensors(model)
@@ -279,7 +285,8 @@ class Run:
         figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
         for split in dict.fromkeys(row["split"] for row in self.rows):
             rows = [row for row in self.rows if row["split"] == split and row.get("loss") is not None]
-            top.plot([row["step"] for row in rows], [row["loss"] for row in rows], "-" if split == "train" else "o-", label=split)
+            steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+            top.plot(steps, losses, "-" if split == "train" else "o-", label=split)
         rows = [row for row in self.rows if row["split"] == "train"]
         steps = [row["step"] for row in rows]
         bottom.semilogy(steps, [row["grad_norm"] for row in rows], label="gradient norm")

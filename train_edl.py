@@ -1,29 +1,29 @@
 """
 Molecules from molecules: MolGPT, a small GPT over SMILES tokens, with an evidential (Dirichlet) head.
 
-python train_edl.py                                        # no flags: builds a demo set, trains, samples; minutes on a CPU
-python train_edl.py --dry_run                              # everything once, in seconds
-python data/molecules/prepare.py --input moses.csv --name moses && python train_edl.py --data_dir data/molecules/moses
-torchrun --nproc_per_node=8 train_edl.py --data_dir data/molecules/moses --run_name big       # eight GPUs
-torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train_edl.py --run_name big
-python train_edl.py --resume --run_name big                # goes on bit for bit where the newest checkpoint stands
-python train_edl.py eval --run_name big                    # table of metrics, beside n-gram models
+python train_edl.py                                   # no flags: builds a demo set, trains and samples, minutes on a CPU
+python train_edl.py --dry_run                         # everything once, in seconds
+python data/molecules/prepare.py --input moses.csv --name moses && python train_edl.py --data_name moses
+torchrun --nproc_per_node=8 train_edl.py --data_name moses --run_name big                           # eight GPUs
+torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train_edl.py --data_name moses
+python train_edl.py --resume --run_name big           # goes on, bit for bit, from the newest checkpoint
+python train_edl.py eval --run_name big               # the table of metrics beside n-gram models
 python train_edl.py sample --run_name big --num_samples 1000 --out molecules.csv
-python train_edl.py --edl_loss_type mse --edl_evidence softplus --edl_kl_weight 1   # the original recipe, to compare
+python train_edl.py --edl_loss_type mse --edl_evidence softplus --edl_kl_weight 1     # the original recipe, to compare
 
 tokens (B, T) -> embedding + position (B, T, D) -> n_layer x [causal attention, GELU MLP] -> logits (B, T, K)
 -> evidence e = exp(logits) or softplus(logits) -> Dirichlet alpha = e + 1, S = sum alpha, vacuity K / S
 
-What used to break here, and what stops it:
-  lgamma and digamma of large evidence in bfloat16 (the KL came out negative)   float32 islands; dirichlet_kl without cancellation
-  exp evidence overflowing                                                      |logits| are clamped at 15
-  KL at full weight flattening the language model                               --edl_kl_weight 0; checkpoints chosen by NLL alone
-  a bad batch skipped on one rank while the others wait                         guard.backward, guard.step: one decision for all
-  drawing tokens from alpha / S leaking K / S of uniform noise into each one     tokens are drawn from e / sum e
-  runs without BOS, EOS, resume or their own vocabulary                         all are in the checkpoint
+What used to break here                                       and what stops it
+  lgamma and digamma in bfloat16: a KL off by 100x, negative    float32 islands, and a dirichlet_kl without cancellation
+  evidence exp(o) that overflows                                logits clamped at 15
+  KL at full weight, which flattens the language model          --edl_kl_weight 0; checkpoints are chosen by NLL alone
+  a bad batch that one rank skips while the others wait         guard.backward and guard.step: one decision for all
+  tokens drawn from alpha / S: K / S of uniform noise in each   tokens drawn from e / sum e
+  no BOS, no EOS, no resume, a hard-coded vocabulary            all of it is in the data and in the checkpoint
 
-Bagal et al. 2022 (MolGPT, J. Chem. Inf. Model. 62, 2064); Sensoy, Kaplan, Kandemir 2018 (evidential deep learning,
-arXiv 1806.01768; equations 3-5 below are theirs); Polykovskiy et al. 2020 (MOSES metrics).
+Bagal et al. 2022 (MolGPT, J. Chem. Inf. Model. 62, 2064). Sensoy, Kaplan, Kandemir 2018 (evidential deep learning,
+arXiv 1806.01768; equations 3-5 below). Polykovskiy et al. 2020 (MOSES, Front. Pharmacol. 11, 565644).
 """
 import csv
 import dataclasses
@@ -44,12 +44,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows, launch, listen,
-                    local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from runs import (Run, checkpoints, load_tensors, model_tensors, newest, parse_flags, read_file, restore, resume_config,
-                  save_checkpoint, write_file)
+from common import (Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows, launch,
+                    listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
+from data.molecules.metrics import NGram, canonical, describe, draw_grid
+from runs import (Run, checkpoints, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file, restore,
+                  resume_config, save_checkpoint, write_file)
 
-# B rows (molecules), T positions, K tokens in the vocabulary (classes), D width, H heads, N = positions of a batch in a row
+# B rows (molecules), T positions, N = B T positions in a row, K tokens of the vocabulary (classes), D width, H heads
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -100,11 +101,12 @@ class Config:
     num_gpus: int = 0  # refuse to start with another number of processes; 0: any
 
 
-CPU = dict(batch_size=64, max_epochs=6, learning_rate=2e-3, warmup_steps=100, n_layer=4, n_head=4, n_embd=128, dropout=0.0,
-           eval_every=250, save_every=250, log_every=50, eval_rows=1000)   # without a GPU, where no flag says otherwise
-DRY = dict(batch_size=16, max_steps=20, warmup_steps=5, n_layer=2, n_head=2, n_embd=32, eval_every=10, save_every=10, log_every=5)
-ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/molecules/{}", "no_edl": "use_edl=False",
-           "wandb_online": "wandb=online"}
+CPU = dict(batch_size=64, max_epochs=6, learning_rate=2e-3, warmup_steps=100, n_layer=4, n_head=4, n_embd=128,
+           dropout=0.0, eval_every=250, save_every=250, log_every=50, eval_rows=1000)   # where no flag says otherwise
+DRY = dict(batch_size=16, max_steps=20, warmup_steps=5, n_layer=2, n_head=2, n_embd=32, eval_every=10, save_every=10,
+           log_every=5)
+ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/molecules/{}",
+           "no_edl": "use_edl=False", "wandb_online": "wandb=online"}
 FIXED = ("data_dir", "n_layer", "n_head", "n_embd", "use_edl", "edl_loss_type", "edl_evidence")   # a resume keeps them
 
 
@@ -151,21 +153,22 @@ class Data:
 
 
 def load_data(config, device="cpu"):
-    """Load data_dir -> Data on the device; without data_dir the demo set, which rank 0 builds if it is not there yet."""
-    folder = Path(config.data_dir or Path(__file__).parent / "data/molecules" / ("demo500" if config.dry_run else "demo"))
-    if not config.data_dir and not (folder / "meta.json").exists():
-        if int(os.environ.get("RANK", 0)) == 0:
-            command = [sys.executable, str(Path(__file__).parent / "data/molecules/prepare.py"), "--demo"]
-            command += ["--limit", "500", "--name", "demo500"] if config.dry_run else []
-            print(f"no --data_dir: building the demo set once by {' '.join(command[1:])}", flush=True)
+    """data_dir -> Data on the device. Without data_dir it is the demo set, which rank 0 builds if it is not there yet."""
+    here, demo = Path(__file__).parent / "data/molecules", "demo500" if config.dry_run else "demo"
+    folder = Path(config.data_dir or here / demo)
+    if not config.data_dir:
+        if rank() == 0 and not (folder / "meta.json").exists():
+            command = [sys.executable, str(here / "prepare.py"), "--demo", "--name", demo]
+            command += ["--limit", "500"] if config.dry_run else []
+            print(f"no --data_dir, so building a demo set, once: python {' '.join(command[1:])}", flush=True)
             if subprocess.run(command).returncode:
                 fail("the demo set could not be built, see above")
         agree(0, device)                            # the others wait
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        tokens, offsets, split = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "offsets", "split")]
+        tokens, offsets, split = (np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("tokens", "offsets", "split"))
     except (OSError, ValueError) as error:
-        fail(f"--data_dir {folder} is no prepared data ({error}): python data/molecules/prepare.py --input FILE --name N")
+        fail(f"--data_dir {folder}: {error}; make one with python data/molecules/prepare.py --input FILE --name N")
     n_rows, rows = len(split), {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
@@ -182,9 +185,9 @@ WINDOW = 16                                         # global batches that are so
 
 @functools.lru_cache(maxsize=2)
 def bucketed_rows(data, split, global_batch, seed, window):
-    """The rows of `window` consecutive global batches, (window size, global_batch), each batch of similar lengths.
+    """The rows of the window-th run of WINDOW global batches, (WINDOW, global_batch), each batch of similar lengths.
 
-    Sorting cuts the pads from a fifth of all positions to some percent, for all ranks alike; the batches come in random order."""
+    Sorting spares the pads, a fifth of all positions, on all ranks alike; the batches then come in random order."""
     rows = data.rows[split]
     size = max(1, min(WINDOW, len(rows) // global_batch))
     taken = rows[global_rows(len(rows), size * global_batch, seed, window)]
@@ -204,7 +207,7 @@ def get_rows(data, rows):
 
 
 def get_batch(data, split, step, config, micro=0):
-    """This rank's micro-batch of a step: get_rows plus count (targets of the whole step, all ranks) and epoch (float)."""
+    """This rank's micro-batch of a step: get_rows, with count (targets of the whole step, all ranks) and epoch, a float."""
     global_batch = config.batch_size * config.grad_accum * world_size()
     size = max(1, min(WINDOW, len(data.rows[split]) // global_batch))
     rows = bucketed_rows(data, split, global_batch, config.seed, step // size)[step % size]
@@ -222,7 +225,7 @@ class Attention(nn.Module):
 
     def forward(self, x, past=None):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)   # each (B, H, T, D/H)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D / H)
         if past is not None:                        # [k, v] of the positions before, grown in place
             k, v = past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v))] if past else [k, v]
         x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
@@ -246,7 +249,7 @@ class MolGPT(nn.Module):
     """Pre-LN decoder with learned positions and an untied head; 6.35 M parameters at 8 layers of width 256 on MOSES."""
     def __init__(self, config, vocab, block):
         super().__init__()
-        self.about = {"config": dataclasses.asdict(config), "vocab": vocab, "block": block}   # rebuilds it: see load_model
+        self.about = {"config": dataclasses.asdict(config), "vocab": vocab, "block": block}     # what load_model needs
         self.vocab, self.block, self.evidence = vocab, block, config.edl_evidence if config.use_edl else "none"
         self.token, self.position = nn.Embedding(len(vocab), config.n_embd), nn.Embedding(block, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -259,7 +262,7 @@ class MolGPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens, past=None):
-        """tokens (B, T) int64 -> logits (B, T, K). past: one list per layer, empty at first, for decoding step by step."""
+        """tokens (B, T) int64 -> logits (B, T, K). past: for decoding step by step, a list per layer, empty at first."""
         seen = past[0][0].shape[2] if past and past[0] else 0
         x = self.drop(self.token(tokens) + self.position.weight[seen:seen + tokens.shape[1]])
         for i, block in enumerate(self.blocks):
@@ -268,7 +271,7 @@ class MolGPT(nn.Module):
 
 
 def load_model(path, device="cpu"):
-    """A best.safetensors (or an event's model.safetensors) -> MolGPT in eval mode. Raises ValueError if it is damaged."""
+    """best.safetensors, or an event's model.safetensors -> MolGPT in eval mode. Raises ValueError if it is damaged."""
     tensors, body = read_file(path)
     about = body["about"]
     model = MolGPT(Config(**about["config"]), about["vocab"], about["block"])
@@ -286,9 +289,9 @@ def log_evidence(logits, evidence):
 
 
 def lgamma_part(x):
-    """f(x) = lgamma(x) - (x - 1) digamma(x) + x for x >= 1: grows like log(x) / 2, so sums of it do not cancel in float32."""
+    """lgamma(x) - (x - 1) digamma(x) + x for x >= 1: grows like log(x) / 2, so that sums of it cancel nothing."""
     near, far = x.clamp(max=12), x.clamp(min=12)
-    r = 1 / far                                     # Stirling's series of both functions; next term below 2e-8 at 12
+    r = 1 / far                                     # Stirling's series of both functions, exact to 4e-8 from 12 on
     series = 0.5 * far.log() + 0.5 * math.log(2 * math.pi) + 0.5 - r / 3 - r ** 2 / 12 - r ** 3 / 90 + r ** 4 / 120
     return torch.where(x < 12, near.lgamma() - (near - 1) * near.digamma() + near, series)
 
@@ -296,8 +299,8 @@ def lgamma_part(x):
 def dirichlet_kl(alpha):
     """KL(Dirichlet(alpha) || Dirichlet(1, ..., 1)): alpha (N, K) float32, >= 1 -> (N,) >= 0 in nats.
 
-    lnG(S) - lnG(K) - sum lnG(alpha) + sum (alpha - 1)(psi(alpha) - psi(S)), regrouped by lgamma_part: the terms of order
-    alpha log(alpha), which would take all digits of a float32, have cancelled on paper."""
+    lnG(S) - lnG(K) - sum lnG(alpha) + sum (alpha - 1)(psi(alpha) - psi(S)), regrouped by lgamma_part. As it stands here
+    the terms of order alpha log(alpha) cancel, and at alpha = 3e6 half of a float32's value would be rounding."""
     K, S = alpha.shape[-1], alpha.sum(-1)
     return (lgamma_part(S) + (K - 1) * S.digamma() - math.lgamma(K) - lgamma_part(alpha).sum(-1)).clamp(min=0)
 
@@ -305,10 +308,10 @@ def dirichlet_kl(alpha):
 def edl_loss(logits, targets, kind, evidence, kl_weight, mask=None, count=None):
     """Evidential loss of logits (N, K) for targets (N,) int64 -> (loss, parts), all 0-dim float32.
 
-    kind: 'log' Type-II maximum likelihood (Sensoy et al. eq. 3), 'digamma' Bayes risk of the cross-entropy (eq. 4), 'mse'
-    Bayes risk of the squared error (eq. 5). kl_weight: of the KL to the uniform Dirichlet after the true class's evidence
-    is taken out; None leaves it out. mask (N,): which rows count; the sum over them is divided by count (default: their number).
-    parts: risk, kl, nll (nats, of the token distribution e / sum e) and vacuity K / S, likewise summed / count."""
+    kind: 'log' Type-II maximum likelihood (Sensoy et al. eq. 3), 'digamma' Bayes risk of the cross-entropy (eq. 4),
+    'mse' Bayes risk of the squared error (eq. 5). kl_weight: of the KL to the uniform Dirichlet after the target's
+    evidence is taken out (None: no KL). mask (N,) bool: which rows count; their sum is divided by count, by default
+    their number. parts: nll (nats, of e / sum e) and vacuity K / S, with a KL also risk and kl; likewise divided."""
     with float32_island(logits):
         log_e = log_evidence(logits, evidence)
         alpha = 1 + (F.softplus(logits.float()) if evidence == "softplus" else log_e.exp())
@@ -329,7 +332,8 @@ def edl_loss(logits, targets, kind, evidence, kl_weight, mask=None, count=None):
             kl = mean(dirichlet_kl(without_target))
             loss, parts = loss + kl_weight * kl, {"risk": loss, "kl": kl}
         with torch.no_grad():
-            parts |= {"nll": mean(F.cross_entropy(log_e, targets, reduction="none")), "vacuity": mean(alpha.shape[-1] / S)}
+            nll = F.cross_entropy(log_e, targets, reduction="none")
+            parts |= {"nll": mean(nll), "vacuity": mean(alpha.shape[-1] / S)}
         return loss, parts
 
 
@@ -367,7 +371,7 @@ UNCERTAINTY = ("vacuity", "total", "aleatoric", "epistemic")
 def evaluate(model, data, config, split="val", max_rows=0):
     """Means over the targets of a split (of its first max_rows rows; 0: all) -> dict of floats, equal on all ranks.
 
-    nll: nats per token of e / sum e, which selects checkpoints; loss: without KL; for an evidential head UNCERTAINTY too."""
+    nll: nats per token of e / sum e, which chooses checkpoints; loss: without KL; UNCERTAINTY, if the head has it."""
     model, device = unwrap(model), data.table.device
     names = ("nll", "loss", *UNCERTAINTY) if config.use_edl else ("nll", "loss")
     rows = data.rows[split][:max_rows or None]
@@ -435,124 +439,41 @@ def generate(model, n, temperature=1.0, top_k=0, prompt=(), seed=0, batch_size=5
     return made
 
 
-def canonical(smiles):
-    """RDKit's canonical SMILES, or None for what is not a molecule."""
-    from rdkit import Chem, RDLogger
-    RDLogger.DisableLog("rdApp.*")
-    molecule = Chem.MolFromSmiles(smiles) if smiles else None
-    return None if molecule is None else Chem.MolToSmiles(molecule)
-
-
-def describe(smiles, known):
-    """The metrics of MOSES for a list of SMILES: valid; unique among the valid; novel, the share of the unique not in the
-    set `known`; intdiv, 1 - mean Tanimoto similarity (Morgan radius 2, 1024 bits, up to 2,000 molecules, pairs with self)."""
-    from rdkit import Chem
-    from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
-    valid = [s for s in map(canonical, smiles) if s]
-    unique = sorted(set(valid))
-    result = {"n": len(smiles), "valid": len(valid) / max(len(smiles), 1), "unique": len(unique) / max(len(valid), 1),
-              "novel": len([s for s in unique if s not in known]) / max(len(unique), 1), "intdiv": math.nan}
-    if valid:
-        morgan = GetMorganGenerator(radius=2, fpSize=1024)
-        bits = np.array([morgan.GetFingerprintAsNumPy(Chem.MolFromSmiles(s)) for s in valid[:2000]], np.float32)
-        both, size = bits @ bits.T, bits.sum(1)
-        result["intdiv"] = float(1 - (both / (size[:, None] + size - both).clip(1e-9)).mean())
-    return result
-
-
-class NGram:
-    """Token n-gram model of the training rows, the baseline: order 1 is the unigram. Each order is smoothed by the next
-    lower one, p_k(t | c) = (count(c, t) + w p_{k-1}(t | c')) / (count(c) + w) (MacKay and Peto 1995); below stands 1 / K."""
-    def __init__(self, data, order, w=4.0):
-        self.table, self.vocab, self.order, self.w, self.block = data.table.cpu().numpy(), data.vocab, order, w, data.block
-        assert len(data.vocab) ** order < 2 ** 62, "the order is too high for 64-bit codes"
-        codes = self.codes(data.start[data.rows["train"]], data.length[data.rows["train"]])
-        self.counts = [np.unique(code, return_counts=True) for code in codes]
-        self.contexts = [np.unique(code // len(data.vocab), return_counts=True) for code in codes]
-
-    def codes(self, start, length):
-        """For each order k: the last k tokens up to each target, as digits of one int64; before BOS stands BOS."""
-        first = np.repeat(start, length)
-        place = first + 1 + np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
-        digits = [self.table[np.maximum(place - lag, first)].astype(np.int64) for lag in range(self.order)]
-        return [sum(digit * len(self.vocab) ** lag for lag, digit in enumerate(digits[:k])) for k in range(1, self.order + 1)]
-
-    def probability(self, codes):
-        def look_up(known, code):
-            values, counts = known
-            i = np.searchsorted(values, code).clip(max=len(values) - 1)
-            return np.where(values[i] == code, counts[i], 0)
-        p = 1 / len(self.vocab)
-        for known, contexts, code in zip(self.counts, self.contexts, codes):
-            p = (look_up(known, code) + self.w * p) / (look_up(contexts, code // len(self.vocab)) + self.w)
-        return p
-
-    def nll(self, data, split):
-        """Nats per token of a split."""
-        return float(-np.log(self.probability(self.codes(data.start[data.rows[split]], data.length[data.rows[split]]))).mean())
-
-    def generate(self, n, seed=0):
-        """-> list of n SMILES."""
-        K, rng = len(self.vocab), np.random.default_rng(seed)
-        ids = np.full((n, self.order - 1 + self.block + 1), BOS)       # enough BOS for the longest context
-        for t in range(self.order, ids.shape[1]):
-            history = [sum(ids[:, t - lag].astype(np.int64) * K ** lag for lag in range(1, k)) for k in range(1, self.order + 1)]
-            p = self.probability([np.add.outer(np.broadcast_to(h, n), np.arange(K)) for h in history])
-            p[:, BOS] = 0
-            edges = p.cumsum(1) / p.sum(1, keepdims=True)
-            token = (rng.random((n, 1)) > edges).sum(1).clip(max=K - 1)
-            ids[:, t] = np.where((ids[:, t - 1] == EOS) & (t > self.order), EOS, token)
-        return ["".join(self.vocab[i] for i in row[self.order:] if i != EOS) for row in ids.tolist()]
-
-
-def draw_grid(path, made, n=24):
-    """A picture of n valid molecules out of all, from the surest to the least sure, each with its scores."""
-    from rdkit import Chem
-    from rdkit.Chem import Draw
-    score = "epistemic" if made and "epistemic" in made[0] else "nll"
-    valid = sorted([m for m in made if canonical(m["smiles"])], key=lambda m: m[score])
-    if valid:
-        shown = [valid[i] for i in np.linspace(0, len(valid) - 1, min(n, len(valid))).astype(int)]
-        legends = [f"{score} {m[score]:.4f}" + (f"  nll {m['nll']:.2f}" if score != "nll" else "") for m in shown]
-        molecules = [Chem.MolFromSmiles(m["smiles"]) for m in shown]
-        Draw.MolsToGridImage(molecules, molsPerRow=6, subImgSize=(240, 200), legends=legends).save(path)
-
-
 def write_csv(path, made):
-    """One row per molecule: smiles, valid and the scores."""
+    """One row per molecule: smiles, valid, and whatever else generate() says of it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, ["smiles", "valid", *list(made[0])[1:]])
         writer.writeheader()
-        for m in made:
-            writer.writerow(m | {"valid": canonical(m["smiles"]) is not None})
+        writer.writerows(m | {"valid": canonical(m["smiles"]) is not None} for m in made)
 
 
 def report(model, data, config, folder, n, temperature=1.0, top_k=0, seed=0, log=print):
-    """The final table: model, n-grams and held-out rows side by side -> dict. Also eval.json, samples/final.csv and .png.
+    """The final table, model beside n-grams and held-out rows -> dict of all its numbers (empty but on rank 0).
 
-    All ranks come here: they share the likelihoods; rank 0 draws the samples."""
+    Also writes eval.json, samples/final.csv and samples/final.png. All ranks share the likelihoods, rank 0 the rest."""
     splits = [split for split in ("val", "test") if len(data.rows.get(split, []))]
-    rows = {"MolGPT": {split: evaluate(model, data, config, split) for split in splits}}
+    table = {"MolGPT": {f"{split} NLL": evaluate(model, data, config, split)["nll"] for split in splits}}
     if rank() > 0:
-        return rows["MolGPT"]
+        return {}
     made = generate(model, n, temperature, top_k, seed=seed)
     known = [data.smiles(row) for row in data.rows["train"]]
     known = set(known if data.canonical else map(canonical, known))
-    rows["MolGPT"] |= describe([m["smiles"] for m in made], known)
-    for name, order in (("6-gram", 6), ("unigram", 1)):
+    table["MolGPT"] |= describe([m["smiles"] for m in made], known)
+    for name, order in ("6-gram", 6), ("unigram", 1):
         ngram = NGram(data, order)
-        rows[name] = {split: {"nll": ngram.nll(data, split)} for split in splits} | describe(ngram.generate(n, seed), known)
-    rows[f"{splits[-1]} rows"] = describe([data.smiles(row) for row in data.rows[splits[-1]][:n]], known)
-    log(f"{n} samples each, temperature {temperature}" + (f", top_k {top_k}" if top_k else "") + f", seed {seed}")
-    log(f"{'':12}" + "".join(f"{name:>12}" for name in [f"{s} NLL/token" for s in splits] + ["valid", "unique", "novel", "IntDiv"]))
-    for name, row in rows.items():
-        cells = [row[s]["nll"] if s in row else math.nan for s in splits] + [row[k] for k in ("valid", "unique", "novel", "intdiv")]
-        log(f"{name:12}" + "".join(f"{'' if math.isnan(cell) else format(cell, '.4f'):>14}" for cell in cells))
+        table[name] = describe(ngram.generate(n, seed), known) | {f"{x} NLL": ngram.nll(data, x) for x in splits}
+    table[f"{splits[-1]} rows"] = describe([data.smiles(row) for row in data.rows[splits[-1]][:n]], known)
+    columns = [f"{split} NLL" for split in splits] + ["valid", "unique", "novel", "intdiv"]
+    log(f"{n} samples each at temperature {temperature}, top_k {top_k}, seed {seed}; NLL in nats per token")
+    log(f"{'':10}" + "".join(f"{column:>10}" for column in columns))
+    for name, row in table.items():
+        log(f"{name:10}" + "".join(f"{row[column]:10.4f}" if column in row else f"{'-':>10}" for column in columns))
     write_csv(folder / "samples/final.csv", made)
     draw_grid(folder / "samples/final.png", made)
-    (folder / "eval.json").write_text(json.dumps({"temperature": temperature, "top_k": top_k, "seed": seed, "rows": rows}, indent=1))
-    return rows["MolGPT"]
+    about = {"n": n, "temperature": temperature, "top_k": top_k, "seed": seed}
+    (folder / "eval.json").write_text(json.dumps(about | {"table": table}, indent=1))
+    return table
 
 
 # --------------------------------------------------------------------------------------------------- training loop
@@ -560,17 +481,8 @@ def lr_at(step, max_steps, config):
     """Linear warm-up, then a cosine down to the share min_lr: a function of the step, so there is nothing to save."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    return config.learning_rate * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def steps_in(text):
-    """'17,40-45' -> {17, 40, ..., 45}"""
-    parts = [part.partition("-") for part in text.split(",") if part]
-    try:
-        return {step for first, _, last in parts for step in range(int(first), int(last or first) + 1)}
-    except ValueError:
-        fail(f"--skip_steps {text}: write steps as 17,40-45")
+    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
+    return config.learning_rate * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(config):
@@ -585,93 +497,89 @@ def train(config):
 def run_training(config, device):
     listen()
     torch.manual_seed(config.seed)
-    started = agree(int(time.time()), device)
-    config = dataclasses.replace(config, run_name=config.run_name or time.strftime("edl_molgpt_%Y%m%d_%H%M%S", time.localtime(started)))
+    if not config.run_name:
+        now = time.localtime(agree(int(time.time()), device))
+        config = dataclasses.replace(config, run_name=time.strftime("edl_molgpt_%Y%m%d_%H%M%S", now))
     data = load_data(config, device)
-    model = MolGPT(config, data.vocab, data.block).to(device)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-    # where to go on from: rank 0 decides, all load the same file
-    folder = Path(config.out_dir) / config.run_name
-    start, best, saved = 0, math.inf, None
-    if config.resume:
-        saved = newest(folder) if rank() == 0 else None
-        start = agree(saved[2]["step"] if saved else 0, device)
-        if start and rank() > 0:
-            saved = (None, *read_file(folder / f"step-{start:08d}.safetensors"))
-    elif agree(len(checkpoints(folder)), device):
-        fail(f"{folder} holds checkpoints already: --resume goes on from them, another --run_name starts anew")
-    if saved:
-        restore(model, optimizer, *saved[1:])
-        best = saved[2]["best"]
+    raw_model = MolGPT(config, data.vocab, data.block).to(device)
+    matrices, vectors = ([p for p in raw_model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
+                                  weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
     global_batch = config.batch_size * config.grad_accum * world_size()
     steps_per_epoch = len(data.rows["train"]) / global_batch
     max_steps = config.max_steps or math.ceil(config.max_epochs * steps_per_epoch)
-    dtype, reason = pick_dtype(config.dtype, device)
     skip_steps = steps_in(config.skip_steps)
+    dtype, reason = pick_dtype(config.dtype, device)
+
+    start, best, saved, folder = 0, math.inf, None, Path(config.out_dir) / config.run_name
+    if config.resume:
+        saved = load_newest(folder, device)
+        if saved:
+            restore(raw_model, optimizer, *saved)
+            start, best = saved[1]["step"], saved[1]["best"]
+    elif agree(len(checkpoints(folder)), device):
+        fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
+    if start > max_steps:
+        fail(f"the newest checkpoint is of step {start}, beyond --max_steps {max_steps}: nothing to do")
 
     run = Run(config, start, {"max_steps": max_steps, "steps_per_epoch": steps_per_epoch, "global_batch": global_batch})
-    raw_model, compute = model, (lambda: autocast(device, dtype))
-    model = wrap_ddp(torch.compile(model) if config.compile else model, device).train()
+    model = wrap_ddp(torch.compile(raw_model) if config.compile else raw_model, device).train()
 
-    def examine(step, now):                         # the guard calls this once, at the first bad step of a run
+    def examine(step, now):                         # the guard calls it once, for the first bad step of a run
         import autopsy
         def loss_of(batch):
-            with compute():
+            with autocast(device, dtype):
                 return compute_loss(raw_model, batch, step, config)[0]
         autopsy.examine(Path(__file__).stem, run, raw_model, config, dtype, step, now,
                         lambda micro: get_batch(data, "train", step, config, micro), loss_of)
 
-    guard = Guard(model, optimizer, config.grad_clip, config.on_nonfinite, config.max_skips, dtype == torch.float16, examine, run.log)
+    guard = Guard(model, optimizer, config.grad_clip, config.on_nonfinite, config.max_skips,
+                  fp16=dtype == torch.float16, examine=examine, log=run.log)
     if saved:
-        guard.load_state_dict(saved[2]["guard"])
+        guard.load_state_dict(saved[1]["guard"])
 
     def save(step):
         if run.main:
-            path = save_checkpoint(folder, step, raw_model, optimizer, {
-                "about": raw_model.about, "config": dataclasses.asdict(config), "best": best, "guard": guard.state_dict()}, config.keep)
-            run.log(f"saved {path}")
+            body = {"about": raw_model.about, "config": vars(config), "best": best, "guard": guard.state_dict()}
+            run.log(f"saved {save_checkpoint(folder, step, raw_model, optimizer, body, config.keep)}")
 
-    parameters = sum(p.numel() for p in raw_model.parameters())
-    run.log(f"{config.run_name}: {parameters:,} parameters on {world_size()} x {device.type}, {str(dtype)[6:]} ({reason}), effective "
-            f"batch {config.batch_size} x {world_size()} x {config.grad_accum} = {global_batch} molecules, {len(data.rows['train']):,} "
-            f"rows, {max_steps:,} steps, " + (f"resumed at step {start}" if start else "from scratch"))
+    run.log(f"{config.run_name}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {str(dtype)[6:]} ({reason}), "
+            f"{len(data.rows['train']):,} molecules, batch {config.batch_size} x {world_size()} {device.type} x "
+            f"{config.grad_accum} = {global_batch}, {max_steps:,} steps" + f", resumed at {start:,}" * (start > 0))
     try:
         for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
             last = step == max_steps
 
-            # once in a while: the guard's only host read, validation on all ranks, a look at samples, a checkpoint
-            if last or guard.stop_requested or every(step, 1000, config.log_every, config.eval_every, config.save_every, config.sample_every):
-                stats, lr = guard.poll(), lr_at(max(0, step - 1), max_steps, config)
+            # once in a while: the guard's only host read, validation on all ranks, a look at some samples, a checkpoint
+            if last or guard.stop_requested or every(step, 1000, config.log_every, config.eval_every, config.save_every,
+                                                     config.sample_every):
+                stats = guard.poll()
                 if stats["steps"]:
-                    epoch = int((step - 1) / steps_per_epoch)
+                    epoch, lr = int((step - 1) / steps_per_epoch), lr_at(step - 1, max_steps, config)
                     run.progress(step, max_steps, stats, lr, global_batch, "molecules")
-                    run.log(f"epoch {epoch + 1} iter {step - math.ceil(epoch * steps_per_epoch)}: train loss {stats['loss']:.4f}. "
-                            f"lr {lr:.3e}", shown=False)
+                    run.log(f"epoch {epoch + 1} iter {step - math.ceil(epoch * steps_per_epoch)}: train loss "
+                            f"{stats['loss']:.4f}. lr {lr:.3e}", shown=False)
                 if last or every(step, config.eval_every):
                     scores = evaluate(model, data, config, "val", config.eval_rows)
                     run.log(f"test loss: {scores['loss']:.4f}", shown=False)
-                    run.log(f"step {step:,} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+                    run.log(f"step {step:,} validation: " + "  ".join(f"{name} {x:.4f}" for name, x in scores.items()))
                     run.measure(step, "val", **scores)
+                    run.curves()
                     if scores["nll"] < best:        # never true of a NaN
                         best = scores["nll"]
                         run.log(f"Saving at epoch {math.ceil(step / steps_per_epoch)}", shown=False)
                         if run.main:
-                            write_file(folder / "best.safetensors", model_tensors(raw_model), {"about": raw_model.about, "step": step})
-                    run.curves()
-                if (last or every(step, config.sample_every)) and config.sample_every and run.main:
-                    raw_model.eval()
-                    write_csv(folder / f"samples/step-{step:08d}.csv", generate(raw_model, 64, seed=config.seed))
+                            tensors = model_tensors(raw_model)
+                            write_file(folder / "best.safetensors", tensors, {"about": raw_model.about, "step": step})
+                if every(step, config.sample_every) and run.main:
+                    write_csv(folder / f"samples/step-{step:08d}.csv", generate(raw_model.eval(), 64, seed=config.seed))
                     raw_model.train()
                 if last or guard.stop_requested or every(step, config.save_every):
                     save(step)
                 run.resume_clock()
             if last or guard.stop_requested:
                 break
-            if step in skip_steps:                  # the same on all ranks
+            if step in skip_steps:                  # alike on all ranks
                 continue
 
             # ---------------- one optimizer step ----------------
@@ -680,23 +588,25 @@ def run_training(config, device):
                 group["lr"] = lr
             for micro in range(config.grad_accum):
                 seed_step(config.seed, step, rank(), micro)
+                batch = get_batch(data, "train", step, config, micro)
                 guard.sync_gradients(micro == config.grad_accum - 1)
-                with compute():
-                    loss, parts = compute_loss(model, get_batch(data, "train", step, config, micro), step, config)
+                with autocast(device, dtype):
+                    loss, parts = compute_loss(model, batch, step, config)
                 guard.backward(loss, parts)
             guard.step(step)
     except NonFinite as error:
-        save(error.step)                            # non-finite weights go to a file that no resume picks up
+        save(error.step)                            # a non-finite state gets a name that no resume picks up
         raise
     if not last:
-        run.log(f"stopped by a signal at step {step}; go on: python train_edl.py --resume --run_name {config.run_name}")
+        run.log(f"stopped by a signal; go on with: python train_edl.py --resume --run_name {config.run_name}")
         return {"step": step, "best": best}
-    agree(0, device)                                # best.safetensors is written
-    model = load_model(folder / "best.safetensors", device)
-    result = report(model, data, config, folder, 32 if config.dry_run else 1000, log=run.log)
-    run.log(f"done: {folder}/samples/final.png, curves.png, best.safetensors; more: python train_edl.py sample --run_name {config.run_name}")
-    agree(0, device)                                # rank 0 has drawn its samples
-    return result
+    agree(0, device)                                # best.safetensors is there
+    table = report(load_model(folder / "best.safetensors", device), data, config, folder,
+                   32 if config.dry_run else 1000, log=run.log)
+    run.log(f"done: {folder} holds samples/final.png, curves.png, best.safetensors, eval.json. More molecules:\n"
+            f"python train_edl.py sample --run_name {config.run_name} --num_samples 1000")
+    agree(0, device)                                # the others wait for the samples
+    return {"step": step, "best": best, "table": table}
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -730,34 +640,33 @@ def open_run(flags, device):
     """-> the run's folder and its best model."""
     folder = Path(flags.out_dir) / flags.run_name
     if not flags.run_name or not (folder / "best.safetensors").exists():
-        runs = sorted(path.parent.name for path in Path(flags.out_dir).glob("*/best.safetensors"))
-        fail(f"no {folder}/best.safetensors; --run_name wants one of: {', '.join(runs) or 'none yet, run python train_edl.py'}")
+        names = sorted(path.parent.name for path in Path(flags.out_dir).glob("*/best.safetensors"))
+        fail(f"--run_name {flags.run_name}: no such trained run in {flags.out_dir}; there is {', '.join(names) or 'none yet'}")
     if flags.num_samples < 1 or flags.temperature <= 0 or flags.top_k < 0:
         fail("--num_samples and --temperature must be above 0, --top_k not below")
     try:
         return folder, load_model(folder / "best.safetensors", device)
     except ValueError as error:
-        fail(str(error))
+        fail(error)
 
 
 def main_sample(argv):
     flags, _ = parse_flags(SampleFlags, argv, "Draw molecules from a trained model.")
-    folder, model = open_run(flags, launch(flags.device))
+    _, model = open_run(flags, launch(flags.device))
     try:
         prompt = tokenize(flags.prompt)
     except ValueError as error:
         fail(f"--prompt: {error}")
     for token in prompt:
         if token not in model.vocab:
-            fail(f"--prompt: the model has never seen {token!r}; it knows {' '.join(model.vocab[2:])}")
+            fail(f"--prompt: the model has never seen {token!r}, only {' '.join(model.vocab[2:])}")
     if len(prompt) >= model.block:
-        fail(f"--prompt has {len(prompt)} tokens, the model's molecules at most {model.block - 1}")
-    made = generate(model, flags.num_samples, flags.temperature, flags.top_k, [model.vocab.index(t) for t in prompt], flags.seed,
-                    flags.batch_size)
+        fail(f"--prompt has {len(prompt)} tokens, the longest molecule of the model {model.block - 1}")
+    made = generate(model, flags.num_samples, flags.temperature, flags.top_k, [model.vocab.index(t) for t in prompt],
+                    flags.seed, flags.batch_size)
     write_csv(flags.out, made)
-    metrics = describe([m["smiles"] for m in made], set())
-    print(f"{flags.out}: {metrics['n']} molecules at temperature {flags.temperature}, valid {metrics['valid']:.4f}, unique "
-          f"{metrics['unique']:.4f}, IntDiv {metrics['intdiv']:.4f}")
+    print(f"{flags.out}: " + ", ".join(f"{k} {v:.4g}" for k, v in describe([m["smiles"] for m in made], set()).items()
+                                       if k != "novel") + f" at temperature {flags.temperature}")
 
 
 def main_eval(argv):
@@ -765,40 +674,46 @@ def main_eval(argv):
     device = launch(flags.device)
     folder, model = open_run(flags, device)
     config = Config(**model.about["config"])
-    data = load_data(dataclasses.replace(config, data_dir=flags.data_dir or config.data_dir), device)
-    if data.vocab != model.vocab:
-        fail(f"the model's vocabulary is not that of {flags.data_dir or config.data_dir or 'the demo set'}")
+    config = dataclasses.replace(config, data_dir=flags.data_dir or config.data_dir)
+    data = load_data(config, device)
+    if data.vocab != model.vocab or data.block > model.block:
+        fail(f"--data_dir {config.data_dir}: its vocabulary or longest row is not the model's")
     report(model, data, config, folder, flags.num_samples, flags.temperature, flags.top_k, flags.seed)
+    finish()
+
+
+def steps_in(text):
+    """'17,40-45' -> {17, 40, ..., 45}"""
+    try:
+        ranges = [part.partition("-") for part in text.split(",") if part]
+        return {step for first, _, last in ranges for step in range(int(first), int(last or first) + 1)}
+    except ValueError:
+        fail(f"--skip_steps {text}: write steps as 17,40-45")
 
 
 def settle(config, given):
-    """Fill in what the user left open: a checkpoint's config, the dry run, the CPU preset. Flags always win. -> Config"""
+    """Fill in what the flags left open, from the checkpoint or the presets, and refuse what cannot work -> Config"""
+    folder, world = Path(config.out_dir) / config.run_name, int(os.environ.get("WORLD_SIZE", 1))
     if config.gpu_ids:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if config.num_gpus and config.num_gpus != world:
-        fail(f"--num_gpus {config.num_gpus}, but {world} process(es): torchrun --nproc_per_node={config.num_gpus} train_edl.py ...")
-    if config.resume:
-        folder = Path(config.out_dir) / config.run_name
-        if not config.run_name:
-            fail(f"--resume needs --run_name; {config.out_dir} holds: {', '.join(sorted(p.name for p in Path(config.out_dir).glob('*')))}")
-        found = newest(folder, lambda text: None)
-        if found:
-            return resume_config(config, given, found[2]["config"], FIXED)
-    cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
-    preset = {} if cuda else CPU
-    if config.dry_run:
-        preset = preset | DRY
-    preset = {name: value for name, value in preset.items() if name not in given}
-    if preset and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{'dry run' if config.dry_run else 'CPU preset'}: " + " ".join(f"--{k} {v}" for k, v in preset.items()), flush=True)
-    return dataclasses.replace(config, **preset)
-
-
-def check(config):
-    """End in fail() on what cannot work -> Config"""
+    if config.num_gpus not in (0, world):
+        fail(f"--num_gpus {config.num_gpus}, but {world} process(es): start it with "
+             f"torchrun --nproc_per_node={config.num_gpus} train_edl.py")
+    if config.resume and not config.run_name:
+        names = sorted(path.parent.name for path in Path(config.out_dir).glob("*/config.json"))
+        fail(f"--resume needs --run_name; there is {', '.join(names) or 'no run yet'}")
+    saved = newest(folder) if config.resume else None
+    if saved:
+        config = resume_config(config, given, saved[2]["config"], FIXED)
+    else:
+        cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
+        preset = ({} if cuda else CPU) | (DRY if config.dry_run else {})
+        preset = {name: value for name, value in preset.items() if name not in given}
+        config = dataclasses.replace(config, **preset)
+        if preset and int(os.environ.get("RANK", 0)) == 0:
+            print("dry run:" if config.dry_run else "no GPU:", *(f"--{name} {x}" for name, x in preset.items()), flush=True)
     if config.n_embd % config.n_head:
-        fail(f"--n_embd {config.n_embd} does not divide by --n_head {config.n_head}")
+        fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
     for name in ("batch_size", "grad_accum", "n_layer", "n_head", "n_embd", "learning_rate"):
         if getattr(config, name) <= 0:
             fail(f"--{name} {getattr(config, name)}: must be above 0")
@@ -810,13 +725,11 @@ def check(config):
 
 
 def main(argv):
-    if argv[:1] == ["sample"]:
-        return main_sample(argv[1:])
-    if argv[:1] == ["eval"]:
-        return main_eval(argv[1:])
+    if argv[:1] in (["sample"], ["eval"]):
+        return (main_sample if argv[0] == "sample" else main_eval)(argv[1:])
     config, given = parse_flags(Config, argv, __doc__, ALIASES)
     try:
-        train(check(settle(config, given)))
+        train(settle(config, given))
     except NonFinite as error:
         print(error, file=sys.stderr)
         sys.exit(3)

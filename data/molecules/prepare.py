@@ -50,7 +50,7 @@ from train_edl import SPECIALS, tokenize  # noqa: E402
 
 MAX_LINE = 10_000                                  # characters; a longer line is no molecule to learn from
 CHUNK = 1000                                       # rows per job of a worker process
-SYNONYMS = {"training": "train", "valid": "val", "validation": "val"}
+SYNONYMS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 EXTENSIONS = (".csv", ".smi", ".txt")              # each may be followed by .gz
 
 class Row(NamedTuple):
@@ -141,7 +141,9 @@ def read_header(path, last, header, options):
         return index[wanted.lower()]
 
     smiles = find("smiles_column", options.smiles_column or "smiles")
-    split = find("split_column", options.split_column) if options.split_column else index.get("fold", index.get("split"))
+    split = index.get("fold", index.get("split"))
+    if options.split_column:
+        split = find("split_column", options.split_column)
     return Layout(last, 2, len(columns), smiles, split)
 
 def read_rows(path, layout, options):
@@ -217,8 +219,7 @@ def read_molecule(row, options):
         raise ValueError(f"{','.join(options.props)} = {props}")
     identity = int.from_bytes(hashlib.sha1(canonical.encode()).digest()[:8], "big")
     split = row.split or ("train" if identity < 0.90 * 2**64 else "val" if identity < 0.95 * 2**64 else "test")
-    split = split.lower() if split.lower() in {"train", "val", "test", *SYNONYMS} else split
-    return Kept(row.line, SYNONYMS.get(split, split), identity, tokens, scaffold, props)
+    return Kept(row.line, SYNONYMS.get(split.lower(), split), identity, tokens, scaffold, props)
 
 def read_chunk(rows, options):
     """A worker's job: list of Row or Rejected -> list of Kept or Rejected, in the same order."""
@@ -227,12 +228,12 @@ def read_chunk(rows, options):
         for row in rows:
             try:
                 results.append(row if isinstance(row, Rejected) else read_molecule(row, options))
-            except (RuntimeError, ValueError, ArithmeticError) as error:       # one strange molecule must not end the run
+            except (RuntimeError, ValueError, ArithmeticError) as error:     # one strange molecule must not end the run
                 results.append(Rejected(row.line, "RDKit error", row.smiles, str(error)))
     return results
 
 def in_order(function, jobs, workers):
-    """Yield function(job) for each job, in their order, computed by `workers` processes; few jobs are under way at once."""
+    """Yield function(job) for each job, in their order, from `workers` processes; few jobs are under way at once."""
     if workers == 1:
         yield from map(function, jobs)
         return
@@ -262,9 +263,9 @@ def with_progress(items, total, unit):
         if now - shown >= (0.2 if terminal else 10):
             shown, rate = now, done / (now - start)
             text = f"{done:,} of {total:,} {unit}, {rate:,.0f}/s, {max(total - done, 0) / rate:,.0f} s left"
-            print(f"\r{text}\033[K" if terminal else text, end="" if terminal else "\n", flush=True)
+            print(f"{text}\033[K" if terminal else text, end="\r" if terminal else "\n", flush=True)
     if terminal:
-        print("\r\033[K", end="", flush=True)
+        print("\033[K", end="", flush=True)
 
 # -------------------------------------------------------------------------------- all rows: columns, vocabulary, splits
 def collect(results, options):
@@ -305,7 +306,7 @@ def tokens_of(table, rows):
     return table["tokens"][np.repeat(rows, np.diff(table["offsets"]))]
 
 def order_splits(table, names):
-    """Renumber the splits: train, val, test, then the others by name -> names. val is always there: cut_val fills it."""
+    """Renumber the splits: train, val, test, then the others by name -> names. cut_val fills val where it is empty."""
     ordered = ["train", "val"] + ["test"] * ("test" in names) + sorted(set(names) - {"train", "val", "test"})
     table["split"] = np.array([ordered.index(name) for name in names], np.uint8)[table["split"]]
     return ordered
@@ -327,8 +328,8 @@ def build_vocabulary(table, names):
                                  "".join(names[i] for i in ids[:table["size"][row]]),
                                  " ".join(sorted({names[i] for i in ids if not seen[i]}))))
     vocabulary = SPECIALS + sorted(itertools.compress(names, seen))
-    new_id = np.zeros(len(names), np.uint8 if len(vocabulary) <= 256 else np.uint16)
-    new_id[seen] = [vocabulary.index(name) for name in itertools.compress(names, seen)]
+    position = {name: i for i, name in enumerate(vocabulary)}
+    new_id = np.array([position.get(name, 0) for name in names], np.uint8 if len(vocabulary) <= 256 else np.uint16)
     kept = {name: column[known] for name, column in table.items() if name not in ("tokens", "offsets")}
     kept["tokens"] = new_id[tokens_of(table, known)]
     kept["offsets"] = np.concatenate([[0], np.cumsum(np.diff(table["offsets"])[known])])
@@ -343,7 +344,8 @@ def cut_val(table, vocabulary):
     wanted = min(max(1, round(0.02 * train.sum())), 10_000)
     left = np.bincount(tokens_of(table, train), minlength=len(vocabulary))
     cut = []
-    for row in sorted(np.flatnonzero(train).tolist(), key=lambda row: table["identity"][row]):
+    rows = np.flatnonzero(train)
+    for row in rows[np.argsort(table["identity"][rows])].tolist():
         used = np.bincount(table["tokens"][slice(*table["offsets"][row:row + 2])], minlength=len(vocabulary))
         if (left > used)[used > 0].all():
             left -= used
@@ -361,7 +363,8 @@ def build(rows, total, source, settings, options, folder):
     start = time.monotonic()
     rows = iter(rows)
     jobs = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-    results = in_order(functools.partial(read_chunk, options=options), jobs, min(options.workers, math.ceil(total / CHUNK)))
+    workers = min(options.workers, math.ceil(total / CHUNK))
+    results = in_order(functools.partial(read_chunk, options=options), jobs, workers)
     results = with_progress(itertools.chain.from_iterable(results), total, "molecules")
     table, names, splits, rejected = collect(results, options)
     if "train" not in splits:
@@ -373,12 +376,14 @@ def build(rows, total, source, settings, options, folder):
     moved = 0 if (table["split"] == 1).any() else cut_val(table, vocabulary)
 
     size, scaffold_size = table["size"], np.diff(table["offsets"]) - table["size"]
-    first = np.repeat(np.tile([True, False], len(size)), np.stack([size, scaffold_size], 1).ravel())  # molecule, not scaffold
-    arrays = {"tokens": table["tokens"][first], "offsets": np.concatenate([[0], np.cumsum(size)]), "split": table["split"]}
+    is_molecule = np.repeat(np.tile([True, False], len(size)), np.stack([size, scaffold_size], 1).ravel())
+    arrays = {"tokens": table["tokens"][is_molecule], "offsets": np.concatenate([[0], np.cumsum(size)]),
+              "split": table["split"]}
     if options.props:
         arrays["props"] = table["props"]
     if options.scaffold:
-        arrays |= {"scaffold_tokens": table["tokens"][~first], "scaffold_offsets": np.concatenate([[0], np.cumsum(scaffold_size)])}
+        arrays["scaffold_tokens"] = table["tokens"][~is_molecule]
+        arrays["scaffold_offsets"] = np.concatenate([[0], np.cumsum(scaffold_size)])
 
     rejected = sorted(rejected + strangers)
     counts = {"read": total, "kept": len(size),
@@ -388,7 +393,8 @@ def build(rows, total, source, settings, options, folder):
     train = table["props"][table["split"] == 0].astype(np.float64)
     meta = {"format": 1, "name": folder.name, "source": source, "sha256": options.sha256, "options": settings,
             "canonical": not options.keep_smiles, "counts": counts, "vocab": vocabulary, "splits": splits,
-            "longest": int(size.max()), "longest_scaffold": int(scaffold_size.max()), "mean_tokens": round(float(size.mean()), 4),
+            "longest": int(size.max()), "mean_tokens": round(float(size.mean()), 4),
+            "longest_scaffold": int(scaffold_size.max()),
             # a constant property has std 1 here: standardised it is 0 and not NaN
             "props": {name: {"mean": float(column.mean()), "std": float(column.std()) or 1.0}
                       for name, column in zip(options.props, train.T)},
@@ -401,13 +407,13 @@ def summary(folder, meta, seconds):
     print(f"{folder}: {counts['read']:,} rows read, {counts['kept']:,} kept in {seconds:.1f} s")
     print("  splits      " + ", ".join(f"{name} {n:,}" for name, n in counts["by_split"].items()))
     if counts["val_cut_from_train"]:
-        print(f"              val was empty: {counts['val_cut_from_train']:,} train rows were moved there, chosen by hash")
+        print(f"              val was empty: {counts['val_cut_from_train']:,} train rows moved there, chosen by hash")
     print("  rejected    " + (", ".join(f"{reason} {n:,}" for reason, n in counts["rejected"].items()) or "none"))
     print(f"  vocabulary  {len(meta['vocab'])} with {' '.join(SPECIALS)}")
     print(f"  tokens      {meta['mean_tokens']:.2f} in the mean, {meta['longest']} at most")
 
 def save(folder, arrays, meta, rejected):
-    """Write the set next to `folder` and rename it into place: whatever happens, a complete old or new set is there."""
+    """Write the set next to `folder`, then rename it into place: what goes wrong before leaves an older set as it was."""
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
     try:
         new.mkdir(parents=True)
@@ -445,8 +451,11 @@ def already_there(folder, sha256, settings):
     return same and all((folder / f"{name}.npy").is_file() for name in names)
 
 def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror or error}")
 
 def url_name(url):
     return urllib.parse.unquote(urllib.parse.urlparse(url).path).rpartition("/")[2]
@@ -477,15 +486,16 @@ def download(url, sha256, folder):
 # Molecules as a chemist might join them from stock: ring systems, linkers and end groups, the frequent ones first.
 # "_" stands behind an atom where a bond can be made.
 RINGS = """
-    c1_c_c_c_c_c1_  n1c_c_c_c_c1_  N1_CCN_CC1  N1_CCC_CC1  N1_CCOCC1  n1_nc_c_c1_  N1_CCC_C1  c1_c_c_c2OCOc2c1_  n1c_nc_c_c1_
-    s1c_c_c_c1_  s1c_nc_c1_  o1nc_c_c1_  C1_CC1  N1_CCCC_C1  n1_c_nc_c1_  o1c_nnc1_  o1nc_nc1_  o1c_c_c_c1_  n1_c_c_c2c_c_c_c_c12
-    n1_c_nc2c_c_c_c_c12  s1c_nc2c_c_c_c_c12  n1c_c_c_c2c_c_c_c_c12  n1_nc_c2c_c_c_c_c12  C1_CCC_CC1  C1_CCCC1  N1_CCCC1_
-    C1_CCOCC1  C1_CCOC1  n1c_nc_c2c_c_c_c_c12  O=c1c_c_c_c_n1_  n1nc_c_c_c1_  n1c_c_nc_c1_  o1c_nc2c_c_c_c_c12  O=c1c_c_c_nn1_
-    O=c1c_c_nc_n1_  s1c_nnc1_  n1_nnc_c1_  n1_nc_nc1_  n1_nnnc1_  N1_CCCCC1_  C1COc2c_c_c_c_c2O1  N1_CCc2c_c_c_c_c12
-    N1_CCc2c_c_c_c_c2C1  N1_CCCc2c_c_c_c_c12  O=C1N_Cc2c_c_c_c_c12  O=C1N_c2c_c_c_c_c2C1  O=C1COc2c_c_c_c_c2N1_
-    C1_CCOc2c_c_c_c_c12  C1_CCc2c_c_c_c_c12  C1_CCCc2c_c_c_c_c12  O=c1c_c_c2c_c_c_c_c2o1  O=c1c_c_oc2c_c_c_c_c12
-    c1_c_n2c_c_c_c_c2n1  c1_c_c2nc_c_c_n2n1  c1_nnc2c_c_c_c_n12  n1_c_c_c2c_c_c_nc12  c1_c_c2c_nc_nc2s1  c1_c_n2nc_c_c_c2n1
-    n1_c_nc2c_nc_nc12  n1_c_c_c2c_nc_nc12  O=c1n_c_nc2c_c_c_c_c12  s1c_c_c2c_c_c_c_c12  o1c_c_c2c_c_c_c_c12  o1nc_c2c_c_c_c_c12
+    c1_c_c_c_c_c1_  n1c_c_c_c_c1_  N1_CCN_CC1  N1_CCC_CC1  N1_CCOCC1  n1_nc_c_c1_  N1_CCC_C1  c1_c_c_c2OCOc2c1_
+    n1c_nc_c_c1_  s1c_c_c_c1_  s1c_nc_c1_  o1nc_c_c1_  C1_CC1  N1_CCCC_C1  n1_c_nc_c1_  o1c_nnc1_  o1nc_nc1_
+    o1c_c_c_c1_  n1_c_c_c2c_c_c_c_c12  n1_c_nc2c_c_c_c_c12  s1c_nc2c_c_c_c_c12  n1c_c_c_c2c_c_c_c_c12
+    n1_nc_c2c_c_c_c_c12  C1_CCC_CC1  C1_CCCC1  N1_CCCC1_  C1_CCOCC1  C1_CCOC1  n1c_nc_c2c_c_c_c_c12  O=c1c_c_c_c_n1_
+    n1nc_c_c_c1_  n1c_c_nc_c1_  o1c_nc2c_c_c_c_c12  O=c1c_c_c_nn1_  O=c1c_c_nc_n1_  s1c_nnc1_  n1_nnc_c1_  n1_nc_nc1_
+    n1_nnnc1_  N1_CCCCC1_  C1COc2c_c_c_c_c2O1  N1_CCc2c_c_c_c_c12  N1_CCc2c_c_c_c_c2C1  N1_CCCc2c_c_c_c_c12
+    O=C1N_Cc2c_c_c_c_c12  O=C1N_c2c_c_c_c_c2C1  O=C1COc2c_c_c_c_c2N1_  C1_CCOc2c_c_c_c_c12  C1_CCc2c_c_c_c_c12
+    C1_CCCc2c_c_c_c_c12  O=c1c_c_c2c_c_c_c_c2o1  O=c1c_c_oc2c_c_c_c_c12  c1_c_n2c_c_c_c_c2n1  c1_c_c2nc_c_c_n2n1
+    c1_nnc2c_c_c_c_n12  n1_c_c_c2c_c_c_nc12  c1_c_c2c_nc_nc2s1  c1_c_n2nc_c_c_c2n1  n1_c_nc2c_nc_nc12
+    n1_c_c_c2c_nc_nc12  O=c1n_c_nc2c_c_c_c_c12  s1c_c_c2c_c_c_c_c12  o1c_c_c2c_c_c_c_c12  o1nc_c2c_c_c_c_c12
     c1_nc_c_c2c_c_c_c_c12  n1c_c_nc2c_c_c_c_c12  s1nc_c_c1_  o1c_nc_c1_  s1nc_nc1_  N1_CC_C1  N1_CCCCCC1  N1_CCN_CCC1
     N1_CCOC_C1  N1_CCSCC1  C1_CCC1  C1_COC1  O=C1CCC_CN1_  O=C1CC_CN1_  O=C1N_CCN1_  O=C1OCCN1_  O=C1N_C(=O)CC1
     O=C1N_CC(=O)N1_  O=S1(=O)CCC_C1  N1_CC2(C1)CC_C2  N1_CC2(C1)COC2  N1_CC2CC2C1  N1_C2CCC1CC_C2  N1_CC2CN_CC2C1
@@ -498,24 +508,28 @@ LINKERS = """
     C_NS_(=O)=O  C_OCC_  N_C(=O)CN_  C_CC_  C_C_=O  C_N_C
 """.split()
 ENDS = """
-    C_  F_  O_C  Cl_  C_C  C_(F)(F)F  C_#N  C_(C)C  Br_  C_(N)=O  C_OC  O_CC  N_C(C)=O  N_(C)C  S_(C)(=O)=O  O_  C_(C)=O
-    C_(=O)OC  C_CC  O_C(F)F  C_CO  S_C  C_C#N  C_C(N)=O  S_(N)(=O)=O  C_(=O)NC  C_CC(N)=O  N_  C_(=O)N(C)C  N_S(C)(=O)=O
-    C_C#C  C_C=C  C_CSC  C_(C)(C)C  O_C(C)C  C_(F)F  N_C  C_COC  S_(=O)(=O)N(C)C  C_N(C)C
+    C_  F_  O_C  Cl_  C_C  C_(F)(F)F  C_#N  C_(C)C  Br_  C_(N)=O  C_OC  O_CC  N_C(C)=O  N_(C)C  S_(C)(=O)=O  O_
+    C_(C)=O  C_(=O)OC  C_CC  O_C(F)F  C_CO  S_C  C_C#N  C_C(N)=O  S_(N)(=O)=O  C_(=O)NC  C_CC(N)=O  N_  C_(=O)N(C)C
+    N_S(C)(=O)=O  C_C#C  C_C=C  C_CSC  C_(C)(C)C  O_C(C)C  C_(F)F  N_C  C_COC  S_(=O)(=O)N(C)C  C_N(C)C
 """.split()
-UNLIKELY = [Chem.MolFromSmarts(smarts) for smarts in (              # bonds that random joining makes and a chemist would not
+# What random joining makes and a chemist would not: N-O and the like, N-C-O, N-C-F, N-CN, C(=O)-C(=O)
+UNLIKELY = [Chem.MolFromSmarts(smarts) for smarts in (
     "[#7,#8,S&X2,F,Cl,Br]-!@[#7,#8,S&X2]", "[#7,#8,S&X2]-!@[CX4]-[#7,#8,S&X2,Cl,Br]", "[#7]-!@[CX4]-F", "[#7]-!@C#N",
     "[#6,S](=O)-!@[#6,S]=O")]
-DEMO_ROWS, DEMO_JOB, DEMO_RECIPE = 24_000, 250, 1                   # raise the recipe number when the molecules change
+DEMO_ROWS, DEMO_JOB = 24_000, 250
+DEMO_RECIPE = 1                                    # raised when other molecules come out, so that old sets are rebuilt
 HYDROGEN = 1.008
 
 def write_fragment(pieces, bonds):
-    """The SMILES of a fragment with ring-closure marks ("%10") at its places, or hydrogen where the mark is ""."""
-    pieces = [piece if bond else re.sub(r"n(\d?)$", r"[nH]\1", piece) for piece, bond in zip(pieces, bonds)] + pieces[-1:]
-    return "".join(map("".join, zip(pieces, [*bonds, ""])))
+    """A fragment as SMILES: at each place a ring-closure mark such as "%10", or a hydrogen where the mark is ""."""
+    text = ""
+    for piece, bond in zip(pieces, bonds):
+        text += piece + bond if bond else re.sub(r"n(\d?)$", r"[nH]\1", piece)      # aromatic N must show its hydrogen
+    return text + pieces[-1]
 
 @functools.cache
 def shelf(name):
-    """-> list of fragments (pieces of SMILES text between the places, weight without hydrogen there), their frequencies."""
+    """-> list of (pieces of SMILES text between the places, weight without hydrogen there), list of frequencies."""
     fragments = []
     for text in {"rings": RINGS, "linkers": LINKERS, "ends": ENDS}[name]:
         pieces = text.split("_")
@@ -524,7 +538,7 @@ def shelf(name):
     return fragments, [1 / (rank + 5) for rank in range(len(fragments))]
 
 def draw_smiles(rng):
-    """Two or three rings, perhaps linkers between them, and end groups -> SMILES, or None if it is too light or too heavy."""
+    """Two or three rings, perhaps linkers between them, and end groups -> SMILES, or None if too light or too heavy."""
     parts, bonds, total = [], [], 0.0
     links = [["linkers", "rings"] if rng.random() < 0.75 else ["rings"] for _ in range(rng.choice((1, 1, 1, 2)))]
     for name in ["rings", *itertools.chain(*links), *["ends"] * rng.choice((0, 1, 1, 2, 2, 3))]:
@@ -625,7 +639,7 @@ def main(argv=None):
         base_name(options.input.name if options.input else url_name(options.url))
     if options.input:
         if not options.input.is_file():
-            fail(f"{options.input} is not there: name a .csv, .smi or .txt file, or use --demo to build molecules offline")
+            fail(f"there is no file {options.input}: name a .csv, .smi or .txt file, or build molecules with --demo")
         actual = file_sha256(options.input)
         if options.sha256 not in (None, actual):
             fail(f"{options.input}: expected sha256 {options.sha256}, actual {actual}")
@@ -640,7 +654,7 @@ def main(argv=None):
             rows = (Row(line, smiles, None) for line, smiles in enumerate(molecules, 1))
             build(rows, len(molecules), "demo", settings, options, folder)
         else:
-            path = options.input or download(options.url, options.sha256, options.out_dir / "downloads")
+            path = options.input or download(options.url, options.sha256, options.out_dir / ".downloads")
             layout = read_layout(path, options)
             total = layout.last - layout.first + 1
             build(read_rows(path, layout, options), min(total, options.limit or total),
