@@ -128,11 +128,11 @@ def dissect(model, replay, batch, header):
         for buffer, saved in buffers:
             buffer.copy_(saved)
     sick = loss if kind(loss) else next((g for g in gradients if kind(g)), None)
-    lines.append(f"  replayed loss = {float(loss):.6g} " + (
+    lines.append(f"  replayed loss = {float(loss.detach()):.6g} " + (
         "(non-finite in FORWARD)" if kind(loss) else "(finite: looking in BACKWARD)"))
     if sick is None:
-        lines.append("  did NOT reproduce, loss and gradients are finite: weights that have moved on, a kernel that varies "
-                     "from run to run, a fault of compiled code only, or the hardware")
+        lines.append("  did NOT reproduce, loss and gradients are finite: weights that have moved on, a kernel that "
+                     "varies from run to run, a fault of compiled code only, or the hardware")
         return "\n".join(lines), False
     chain, event = [], trace.source(sick, kind(sick))
     while event and event not in chain:
@@ -151,7 +151,7 @@ def dissect(model, replay, batch, header):
 def examine(script, run, model, config, dtype, step, now, batch_of, loss_of):
     """The guard's examine(), on every rank: dissect this rank's micro-batches of a step, tell of and keep the bad one.
 
-    batch_of(micro) -> dict of tensors and numbers; loss_of(batch) -> loss. The weights are those from before step now."""
+    batch_of(micro) -> dict of tensors and numbers; loss_of(batch) -> loss. The weights are from before step now."""
     try:
         for micro in range(config.grad_accum):
             batch = batch_of(micro)
@@ -168,7 +168,7 @@ def examine(script, run, model, config, dtype, step, now, batch_of, loss_of):
         dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
     if not found and (anyone or rank() > 0):
         return
-    report += "\n  weights: " + ("exactly those of the step" if now == step else f"from before step {now}, a little newer")
+    report += "\n  weights: " + ("exactly those of the step" if now == step else f"a little newer, from before step {now}")
     folder = run.folder / "autopsy" / f"step-{step:08d}-rank{rank()}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(report + "\n")

@@ -22,7 +22,7 @@ from common import agree, fail, rank, unwrap, world_size
 def _finite(text):
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError
+        raise ValueError(f"{text} is not finite")
     return number
 
 def parse_flags(Config, argv, doc="", aliases={}):
@@ -66,9 +66,9 @@ def parse_flags(Config, argv, doc="", aliases={}):
 def read_config(path, fields):
     """A JSON file of fields (or a run's config.json) -> dict, checked by name and type; bad ones end in fail()."""
     try:
-        base = json.loads(Path(path).read_text())
-        base = base.get("config", base)
-    except (OSError, ValueError, AttributeError) as error:
+        base = json.loads(Path(path).read_text(), parse_float=_finite, parse_constant=_finite)
+        base = dict(base.get("config", base))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"--config {path}: not a JSON object of fields: {error}")
     for name, value in base.items():
         if name not in fields:
@@ -123,7 +123,7 @@ def read_file(path):
         body = json.loads(header["body"])
     except Exception as error:                      # the parser raises its own types, none of them a ValueError
         raise ValueError(f"{path} is not a whole safetensors file of ours: {error}") from None
-    if str(zlib.crc32(header["body"].encode())) != header["body_crc32"]:
+    if str(zlib.crc32(header["body"].encode())) != header.get("body_crc32"):
         raise ValueError(f"{path}: the header's checksum is wrong")
     found = {name: _crc(tensor) for name, tensor in tensors.items()}
     wrong = [name for name in {**body["crc32"], **found} if body["crc32"].get(name) != found.get(name)]
@@ -193,13 +193,15 @@ def restore(model, optimizer, tensors, body):
     names = optimizer_names(model, optimizer)
     if names != body["optimizer"]:
         raise ValueError("the optimizer holds other parameters, or in another order, than the checkpoint's")
-    model_part, state = {}, {}
+    own, model_part, state = dict(unwrap(model).named_parameters()), {}, {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "model":
             model_part[name] = tensor
         else:
             name, _, moment = name.rpartition(".")
+            if tensor.shape == own[name].shape:     # fused kernels walk memory: a moment must lie as its parameter does
+                tensor = torch.empty_like(own[name], dtype=tensor.dtype, device="cpu").copy_(tensor)
             state.setdefault(names.index(name), {})[moment] = tensor
     load_tensors(model, model_part, f"the checkpoint of step {body['step']}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -226,7 +228,8 @@ class Run:
         (self.folder / "config.json").write_text(json.dumps(about, indent=1))
         (self.folder / "train.pid").write_text(f"{os.getpid()}\n")
         path = self.folder / "metrics.jsonl"
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if start and path.exists() else []
+        lines = path.read_text().splitlines(True) if start and path.exists() else []
+        self.rows = [json.loads(line) for line in lines if line.endswith("\n")]    # a kill may have cut the last one
         self.rows = [row for row in self.rows if row["step"] <= start]
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         if config.wandb:
@@ -245,10 +248,10 @@ class Run:
                 file.write(text + "\n")
 
     def measure(self, step, split, **values):
-        """A row of metrics.jsonl; NaN becomes null, so that every line is JSON."""
+        """A row of metrics.jsonl; NaN and Inf become null, so that every line is JSON."""
         if not self.main:
             return
-        row = {"step": step, "split": split} | {k: None if v != v else v for k, v in values.items()}
+        row = json.loads(json.dumps({"step": step, "split": split} | values), parse_constant=lambda name: None)
         self.rows.append(row)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,7 +1,7 @@
 """
 Molecules from molecules: MolGPT, a small GPT over SMILES tokens, with an evidential (Dirichlet) head.
 
-python train_edl.py                                   # no flags: builds a demo set, trains and samples, minutes on a CPU
+python train_edl.py                                   # no flags: builds a demo set, trains, samples; minutes on a CPU
 python train_edl.py --dry_run                         # everything once, in seconds
 python data/molecules/prepare.py --input moses.csv --name moses && python train_edl.py --data_name moses
 torchrun --nproc_per_node=8 train_edl.py --data_name moses --run_name big                           # eight GPUs
@@ -153,7 +153,7 @@ class Data:
 
 
 def load_data(config, device="cpu"):
-    """data_dir -> Data on the device. Without data_dir it is the demo set, which rank 0 builds if it is not there yet."""
+    """data_dir -> Data on the device; without data_dir the demo set, which rank 0 builds if it is not there yet."""
     here, demo = Path(__file__).parent / "data/molecules", "demo500" if config.dry_run else "demo"
     folder = Path(config.data_dir or here / demo)
     if not config.data_dir:
@@ -207,7 +207,7 @@ def get_rows(data, rows):
 
 
 def get_batch(data, split, step, config, micro=0):
-    """This rank's micro-batch of a step: get_rows, with count (targets of the whole step, all ranks) and epoch, a float."""
+    """This rank's micro-batch of a step: get_rows, with count (targets of the whole step, all ranks) and epoch."""
     global_batch = config.batch_size * config.grad_accum * world_size()
     size = max(1, min(WINDOW, len(data.rows[split]) // global_batch))
     rows = bucketed_rows(data, split, global_batch, config.seed, step // size)[step % size]
@@ -262,7 +262,7 @@ class MolGPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens, past=None):
-        """tokens (B, T) int64 -> logits (B, T, K). past: for decoding step by step, a list per layer, empty at first."""
+        """tokens (B, T) int64 -> logits (B, T, K). past: to decode step by step, a list per layer, empty at first."""
         seen = past[0][0].shape[2] if past and past[0] else 0
         x = self.drop(self.token(tokens) + self.position.weight[seen:seen + tokens.shape[1]])
         for i, block in enumerate(self.blocks):
@@ -543,8 +543,8 @@ def run_training(config, device):
             body = {"about": raw_model.about, "config": vars(config), "best": best, "guard": guard.state_dict()}
             run.log(f"saved {save_checkpoint(folder, step, raw_model, optimizer, body, config.keep)}")
 
-    run.log(f"{config.run_name}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {str(dtype)[6:]} ({reason}), "
-            f"{len(data.rows['train']):,} molecules, batch {config.batch_size} x {world_size()} {device.type} x "
+    run.log(f"{config.run_name}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {str(dtype)[6:]} "
+            f"({reason}), {len(data.rows['train']):,} molecules, batch {config.batch_size} x {world_size()} {device.type} x "
             f"{config.grad_accum} = {global_batch}, {max_steps:,} steps" + f", resumed at {start:,}" * (start > 0))
     try:
         for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
@@ -640,8 +640,8 @@ def open_run(flags, device):
     """-> the run's folder and its best model."""
     folder = Path(flags.out_dir) / flags.run_name
     if not flags.run_name or not (folder / "best.safetensors").exists():
-        names = sorted(path.parent.name for path in Path(flags.out_dir).glob("*/best.safetensors"))
-        fail(f"--run_name {flags.run_name}: no such trained run in {flags.out_dir}; there is {', '.join(names) or 'none yet'}")
+        names = ", ".join(sorted(path.parent.name for path in Path(flags.out_dir).glob("*/best.safetensors")))
+        fail(f"--run_name {flags.run_name}: no such trained run in {flags.out_dir}; there is {names or 'none yet'}")
     if flags.num_samples < 1 or flags.temperature <= 0 or flags.top_k < 0:
         fail("--num_samples and --temperature must be above 0, --top_k not below")
     try:
@@ -711,7 +711,7 @@ def settle(config, given):
         preset = {name: value for name, value in preset.items() if name not in given}
         config = dataclasses.replace(config, **preset)
         if preset and int(os.environ.get("RANK", 0)) == 0:
-            print("dry run:" if config.dry_run else "no GPU:", *(f"--{name} {x}" for name, x in preset.items()), flush=True)
+            print("dry run:" if config.dry_run else "no GPU:", *(f"--{k} {v}" for k, v in preset.items()), flush=True)
     if config.n_embd % config.n_head:
         fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
     for name in ("batch_size", "grad_accum", "n_layer", "n_head", "n_embd", "learning_rate"):

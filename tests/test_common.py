@@ -72,14 +72,15 @@ def check_cell(common, site, precision, policy, accum=1, fused=True, everywhere=
         first = BAD + (site == "optimizer state NaN")       # the first step whose loss shows it
         expected = {"error_step": first if policy == "stop" else 2 * POLL, "polled": 2 * POLL}
         skips = {cause: 1 if policy == "stop" else 2 * POLL - first}
+        before = healthy(until=first)["state"]              # trained on all ranks, wanted by the healthy ones
         if here:
             assert_never_a_checkpoint(found["net"], found["optimizer"])
-        else:                                               # the healthy rank took no step after it
-            expected["state"] = healthy(until=first)["state"]
+        else:
+            expected["state"] = before
         assert policy == "stop" or "ALREADY non-finite" in found["error"], found["error"]
     elif site == "NaN data for ever" and policy == "skip":
         skips = {cause: MAX_SKIPS + 1}
-        expected = {"error_step": BAD + MAX_SKIPS + 1, "polled": 3 * POLL, "state": healthy(until=BAD)["state"]}
+        expected = {"error_step": 3 * POLL, "polled": 3 * POLL, "state": healthy(until=BAD)["state"]}
     elif policy == "skip":
         expected = {"error_step": None, "state": healthy(omit=True)["state"], "total": 1, "polled": STEPS}
     else:
@@ -100,7 +101,8 @@ def assert_told(found, site, everywhere):
     first = BAD + (site == "optimizer state NaN")
     ranks = list(range(real_common.world_size()))
     where = "AFTER backward" if site in IN_BACKWARD else f"BEFORE backward: loss of rank(s) {ranks if everywhere else ranks[-1:]}"
-    assert f"step {first}: " in found["said"][0] and where in found["said"][0], found["said"]
+    said = next(text for text in found["said"] if "detected" in text)
+    assert said.startswith(f"step {first}: ") and where in said, said
     for stats in found["history"]:
         assert math.isfinite(stats["loss"]) or stats["steps"] == 0, found["history"]
 
@@ -223,10 +225,10 @@ class HostReads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_host_reads(common, precision, fused=True, policy="skip"):
+def count_host_reads(common, precision, policy="skip", optimizer_class=torch.optim.AdamW, fused=True):
     """-> reads of three optimizer steps, one of them bad, and of the poll after them."""
     net = make_net()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=fused)
+    optimizer = optimizer_class(net.parameters(), lr=0.01, fused=fused)
     guard = common.Guard(net, optimizer, CLIP, policy, fp16=precision == "float16", log=lambda text: None)
     in_steps = 0
     for step in range(3):
@@ -248,7 +250,7 @@ def count_host_reads(common, precision, fused=True, policy="skip"):
 
 
 def check_host_reads(common, precision, policy):
-    assert count_host_reads(common, precision, policy=policy) == (0, 1)
+    assert count_host_reads(common, precision, policy) == (0, 1)
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
@@ -258,7 +260,8 @@ def test_steps_read_nothing_and_a_poll_reads_once(precision, policy):
 
 
 def test_fallback_reads_once_a_step():
-    assert count_host_reads(real_common, "float32", fused=False) == (3, 1)
+    plain = torch.optim.SGD                          # AdamW without `fused` reads its own step counters on top
+    assert count_host_reads(real_common, "float32", "skip", plain, fused=False) == (3, 1)
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, float, bool, int, torch.Tensor.tolist, torch.Tensor.cpu])
@@ -281,7 +284,7 @@ class IgnoresGradScale(torch.optim.AdamW):
         return super().step(closure)
 
 
-def check_canary(common, optimizer_class, works, **options):
+def check_canary(common, optimizer_class, works, options):
     """An optimizer that does not obey is found out, said so, and a bad step still leaves the weights alone."""
     net, said = make_net(), []
     optimizer = optimizer_class(net.parameters(), lr=0.01, **options)
@@ -304,12 +307,14 @@ def check_canary(common, optimizer_class, works, **options):
     (torch.optim.AdamW, False, {"foreach": True}), (torch.optim.RMSprop, False, {}),
     (IgnoresFoundInf, False, {"fused": True}), (IgnoresGradScale, False, {"fused": True})])
 def test_canary(optimizer_class, works, options):
-    check_canary(real_common, optimizer_class, works, **options)
+    check_canary(real_common, optimizer_class, works, options)
 
 
 # -------------------------------------------------------------------------------------------------- counts and limits
 def drive(common, pattern, resume=None, first=0, **options):
-    """Steps of a three-weight model, one per letter: `.` healthy, `x` loss NaN, `o` gradient Inf -> (guard, error)."""
+    """Steps of a three-weight model, one per letter: `.` healthy, `x` loss NaN, `o` gradient Inf -> (guard, step or None).
+
+    The step is the one before which the guard stopped the run: it is polled every seven steps and at the end."""
     weights = nn.Parameter(torch.ones(3))
     guard = common.Guard(None, torch.optim.SGD([weights], lr=0.01, fused=True), log=lambda text: None, **options)
     if resume:
@@ -325,8 +330,10 @@ def drive(common, pattern, resume=None, first=0, **options):
                 guard.poll()
         guard.poll()
     except common.NonFinite as error:
-        return guard, error
-    assert weights.isfinite().all()
+        assert f"STOPPED before step {error.step}:" in str(error)
+        return guard, error.step
+    finally:
+        assert weights.isfinite().all()
     return guard, None
 
 
@@ -336,27 +343,34 @@ def spaced(*bad):
 
 
 def check_limits(common):
-    cases = [("..xxx..", 3, "skip", None), ("..xxxx..", 3, "skip", 6), ("xxx.x", 3, "skip", 5), ("x.x.x.x.", 3, "skip", 7),
-             ("oooo", 3, "skip", 4), ("..x..", 0, "skip", 3), (".....", 0, "skip", None), ("..x..", 9, "stop", 2),
-             ("..o..", 9, "stop", 2), (spaced(50, 150, 250), 2, "skip", 251), (spaced(50, 150, 310), 2, "skip", None),
-             (spaced(50, 150, 310, 320), 2, "skip", 321)]
+    cases = [("..xxx..", 3, "skip", None), ("..xxxx..", 3, "skip", 7), ("xxx.x", 3, "skip", 5), ("x.x.x.x.", 3, "skip", 7),
+             ("......xx", 1, "skip", 8), ("oooo", 3, "skip", 4), ("..x..", 0, "skip", 5), (".....", 0, "skip", None),
+             ("..x..", 9, "stop", 2), ("..o..", 9, "stop", 2), (spaced(50, 150, 250), 2, "skip", 252),
+             (spaced(50, 150, 310), 2, "skip", None), (spaced(50, 150, 310, 320), 2, "skip", 322)]
     for pattern, max_skips, policy, expected in cases:
-        guard, error = drive(common, pattern, max_skips=max_skips, policy=policy)
-        assert (error and error.step) == expected, (pattern, max_skips, policy, error)
-        if not error:
+        guard, stopped = drive(common, pattern, max_skips=max_skips, policy=policy)
+        assert stopped == expected, (pattern, max_skips, policy, stopped)
+        if stopped is None:
             assert sum(guard.skips.values()) == pattern.count("x") + pattern.count("o")
+
+
+def check_in_a_row(common):
+    """More than max_skips in a row stop the run even where 1 % of the steps allows more in total."""
+    resume = {"scale": 1.0, "healthy": 0.0, "skips": {"output or loss": 0, "gradient": 0, "float16 overflow": 0},
+              "seen": 10000, "in_a_row": 0}
+    assert drive(common, "xxx.xxx.", resume, max_skips=3)[1] is None
+    assert drive(common, "xxx.xxxx", resume, max_skips=3)[1] == 8
 
 
 def check_overflow(common):
     """Overflows halve the scale down to 1 and are no bad steps; at 1 they are."""
-    guard, error = drive(common, "o" * 16, fp16=True, max_skips=0)
-    assert (error, float(guard.scale), guard.skips["float16 overflow"]) == (None, 1.0, 16)
-    guard, error = drive(common, "o" * 17 + ".", fp16=True, max_skips=0)
-    assert error and error.step == 17 and guard.skips["gradient"] == 1 and float(guard.scale) == 1.0
-    guard, error = drive(common, "o" * 17 + ".", fp16=True, policy="stop")
-    assert error and error.step == 16, "at scale 1 it is no overflow any more, and stop means stop"
-    guard, error = drive(common, "x" * 5 + "." * 5, fp16=True)
-    assert error is None and float(guard.scale) == 65536.0, "bad data say nothing about the scale"
+    guard, stopped = drive(common, "o" * 16, fp16=True, max_skips=0)
+    assert (stopped, float(guard.scale), guard.skips["float16 overflow"]) == (None, 1.0, 16)
+    guard, stopped = drive(common, "o" * 17 + ".", fp16=True, max_skips=0)
+    assert (stopped, float(guard.scale), guard.skips["gradient"]) == (18, 1.0, 1)
+    assert drive(common, "o" * 17 + ".", fp16=True, policy="stop")[1] == 16, "at scale 1 it is no overflow any more"
+    guard, stopped = drive(common, "x" * 5 + "." * 5, fp16=True)
+    assert stopped is None and float(guard.scale) == 65536.0, "bad data say nothing about the scale"
     resume = guard.state_dict() | {"scale": 1024.0, "healthy": 1995.0}
     assert float(drive(common, "....", resume, fp16=True)[0].scale) == 1024.0
     assert float(drive(common, ".....", resume, fp16=True)[0].scale) == 2048.0
@@ -368,12 +382,11 @@ def check_resume(common):
     """Counts and scale go on where a checkpoint left them, through JSON."""
     guard, _ = drive(common, ".oxx", fp16=True, max_skips=3)
     state = guard.state_dict()
-    assert state["scale"] == 32768.0 and state["healthy"] == 0.0 and state["seen"] == 4 and state["in_a_row"] == 2
-    resumed, error = drive(common, "xx", state, first=4, fp16=True, max_skips=3)
-    assert error and error.step == 6, "two before and two after are four in a row"
-    resumed, error = drive(common, "x.", state, first=4, fp16=True, max_skips=3)
-    assert error is None and resumed.skips == {"output or loss": 3, "gradient": 0, "float16 overflow": 1}
-    assert resumed.seen == 6 and resumed.in_a_row == 0 and float(resumed.scale) == 32768.0
+    assert (state["scale"], state["healthy"], state["seen"], state["in_a_row"]) == (32768.0, 0.0, 4, 2)
+    assert drive(common, "xx", state, first=4, fp16=True, max_skips=3)[1] == 6, "two and two are four in a row"
+    resumed, stopped = drive(common, "x.", state, first=4, fp16=True, max_skips=3)
+    assert stopped is None and resumed.skips == {"output or loss": 3, "gradient": 0, "float16 overflow": 1}
+    assert (resumed.seen, resumed.in_a_row, float(resumed.scale)) == (6, 0, 32768.0)
     assert state["skips"] == {"output or loss": 2, "gradient": 0, "float16 overflow": 1}, "not shared with the guard"
 
 
@@ -397,7 +410,7 @@ def check_report(common):
     assert empty["steps"] == 0 and empty["skipped"] == 1 and math.isnan(empty["loss"])
 
 
-@pytest.mark.parametrize("check", [check_limits, check_overflow, check_resume, check_report], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("check", [check_limits, check_in_a_row, check_overflow, check_resume, check_report], ids=lambda c: c.__name__)
 def test_counts(check):
     check(real_common)
 
@@ -433,10 +446,9 @@ def test_the_flag_of_a_step_is_fit_for_torch_where():
 def check_deferral(common):
     """Of three micro-batches only the last all-reduces, and the sum is that of an all-reduce each time."""
     def gradients(defer):
-        net = make_net(dropout=0.0)
+        net, calls = make_net(dropout=0.0), []
         model = common.wrap_ddp(net, CPU)
-        assert not model.broadcast_buffers, "a buffer of rank 0 may be the one that went non-finite"
-        calls = []
+        net.calls += 100 * common.rank()
 
         def count(state, bucket):
             calls.append(bucket.index())
@@ -448,6 +460,7 @@ def check_deferral(common):
             guard.sync_gradients(micro == 2 or not defer)
             loss, parts = compute_loss(model, make_batch(0, common.rank(), micro, count=6 * ROWS))
             guard.backward(loss)
+        assert net.calls == 3 + 100 * common.rank(), "buffers are each rank's own: that of rank 0 may be the bad one"
         return calls, torch.cat([parameter.grad.flatten().clone() for parameter in net.parameters()])
     (deferred, ours), (always, theirs) = gradients(True), gradients(False)
     assert len(always) == 3 * len(deferred) > 0, (deferred, always)
@@ -521,9 +534,9 @@ def check_signal_reaches_all(common):
         assert not guard.stop_requested
         if common.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert not guard.stop_requested, "a rank that stops alone leaves the others waiting"
+        alone = guard.stop_requested                # no assert before both have polled: the other rank would hang
         guard.poll()
-        assert guard.stop_requested
+        assert not alone and guard.stop_requested
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
             signal.signal(number, handler)
@@ -740,11 +753,11 @@ MUTANTS = {     # name: (text of common.py, what stands there instead, the check
     "the ring is not zeroed": ("self.ring.zero_()", "pass", "check_report"),
     "a host read slips in": ("        self.steps.append(step)", "        self.steps.append(step)\n        bool(skipped)",
                              "check_host_reads", "float32", "skip"),
-    "no canary": (' and self._canary()', "", "check_canary", IgnoresFoundInf, False),
+    "no canary": (' and self._canary()', "", "check_canary", IgnoresFoundInf, False, {"fused": True}),
     "the canary looks at found_inf only": (" and update(2.0, 0.0, 2.0) == update(1.0, 0.0, 1.0) != [1.0, 1.0]", "",
-                                           "check_canary", IgnoresGradScale, False),
+                                           "check_canary", IgnoresGradScale, False, {"fused": True}),
     "the canary looks at grad_scale only": ("update(math.nan, 1.0, 1.0) == [1.0, 1.0] and ", "",
-                                            "check_canary", IgnoresFoundInf, False),
+                                            "check_canary", IgnoresFoundInf, False, {"fused": True}),
     "the loss may be bfloat16": ("assert loss.dtype == torch.float32 and ", "assert ", "check_loss_must_be_float32"),
     "the seed knows no rank": ("repr((seed, step, rank, micro))", "repr((seed, step, micro))", "check_seeds"),
     "the seed knows no micro-batch": ("repr((seed, step, rank, micro))", "repr((seed, step, rank))", "check_seeds"),
@@ -754,7 +767,7 @@ MUTANTS = {     # name: (text of common.py, what stands there instead, the check
 }
 MUTANTS_OF_TWO = {
     "SUM for MAX": ("dist.all_reduce(loss_bad, op=dist.ReduceOp.MAX)", "dist.all_reduce(loss_bad, op=dist.ReduceOp.SUM)",
-                    "check_cell", "input NaN", "float16", "skip", 1, True, True),
+                    "check_cell", "input NaN", "float16", "stop", 1, True, True),
     "each rank decides alone": ("skipped = torch.maximum(bad, self.latch)", "skipped = row[LOSS_BAD].clamp(max=1.0)",
                                 "check_cell", "input NaN", "float32", "skip"),
     "no poison, and a NaN is masked out on its rank": (BACKWARD, "(loss * (self.scale * world_size())).backward()",
@@ -776,18 +789,6 @@ MUTANTS_OF_TWO = {
 }
 
 
-def check_in_a_row(common):
-    """More than max_skips in a row stop the run even where 1 % of the steps allows more in total."""
-    resume = {"scale": 1.0, "healthy": 0.0, "skips": {"output or loss": 0, "gradient": 0, "float16 overflow": 0}, "seen": 10000,
-              "in_a_row": 0}
-    assert drive(common, "xxx.xxx.", resume, max_skips=3)[1] is None
-    assert drive(common, "xxx.xxxx", resume, max_skips=3)[1].step == 8
-
-
-def test_a_long_run_still_stops_on_bad_steps_in_a_row():
-    check_in_a_row(real_common)
-
-
 def mutant_of_common(text, instead):
     """common.py with one text replaced, as a module of its own."""
     source = Path(real_common.__file__).read_text()
@@ -801,10 +802,10 @@ def mutant_of_common(text, instead):
 def turns_red(text, instead, check, *arguments):
     try:
         globals()[check](mutant_of_common(text, instead), *arguments)
-    except AssertionError as error:
+    except (AssertionError, pytest.fail.Exception) as error:
         assert "bring the mutant up to date" not in str(error), error
-        return str(error) or "red"
-    return ""
+        return True
+    return False
 
 
 @pytest.mark.parametrize("name", MUTANTS)

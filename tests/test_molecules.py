@@ -38,7 +38,8 @@ def load(folder):
         return ["".join(meta["vocab"][i] for i in tokens[a:b]) for a, b in zip(offsets, offsets[1:])]
 
     return SimpleNamespace(
-        meta=meta, arrays=arrays, smiles=texts(""), scaffolds=texts("scaffold_") if "scaffold_tokens" in arrays else None,
+        meta=meta, arrays=arrays, smiles=texts(""),
+        scaffolds=texts("scaffold_") if "scaffold_tokens" in arrays else None,
         split=[meta["splits"][i] for i in arrays["split"]],
         rejected=[json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()])
 
@@ -47,8 +48,8 @@ def build(tmp_path, content, *flags, file="in.csv", name="set"):
     """Write a file, run main on it in this process -> the finished set."""
     path = tmp_path / file
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return load(prepare.main(["--input", str(path), "--name", name, "--out_dir", str(tmp_path / "out"), "--workers", "1",
-                              *flags]))
+    return load(prepare.main(
+        ["--input", str(path), "--name", name, "--out_dir", str(tmp_path / "out"), "--workers", "1", *flags]))
 
 
 def csv_text(rows, header="SMILES,SPLIT"):
@@ -77,7 +78,7 @@ def refuse(tmp_path, capsys):
             prepare.main([*map(str, arguments), "--out_dir", str(tmp_path / "out")])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert not (tmp_path / "out").exists() or [p for p in (tmp_path / "out").iterdir() if p.name != ".downloads"] == []
+        assert [path for path in tmp_path.glob("out/*") if path.name != ".downloads"] == []
         return error
     return call
 
@@ -92,11 +93,13 @@ def refuse_file(tmp_path, refuse):
 
 # ------------------------------------------------------------------------------------------------------ what is written
 def test_rows_are_the_canonical_smiles_in_the_order_of_the_input(tmp_path):
-    written = ["OCC", "c1ccccc1C(=O)NC", "C/C=C\\C", "BrCCCl", "C[C@H](N)C(=O)O", "[NH3+]CC(=O)[O-]", "C%12CCCCC%12", "CCBr"]
+    written = ["OCC", "c1ccccc1C(=O)NC", "C/C=C\\C", "BrCCCl", "C[C@H](N)C(=O)O", "[NH3+]CC(=O)[O-]", "C%12CCCCC%12",
+               "CCBr"]
     result = build(tmp_path, all_train(written))
     assert result.smiles == [Chem.CanonSmiles(text) for text in written]
-    assert result.meta["vocab"][:2] == ["<bos>", "<eos>"] and result.meta["vocab"][2:] == sorted(result.meta["vocab"][2:])
-    assert {"Br", "Cl", "[NH3+]", "[C@H]", "\\"} <= set(result.meta["vocab"])
+    vocabulary = result.meta["vocab"]
+    assert vocabulary[:2] == ["<bos>", "<eos>"] and vocabulary[2:] == sorted(vocabulary[2:])
+    assert {"Br", "Cl", "[NH3+]", "[C@H]", "\\"} <= set(vocabulary)
     assert result.arrays["tokens"].dtype == result.arrays["split"].dtype == np.uint8
     sizes = np.diff(result.arrays["offsets"])
     assert result.meta["longest"] == sizes.max() and result.meta["mean_tokens"] == pytest.approx(sizes.mean(), abs=1e-3)
@@ -133,8 +136,11 @@ def test_gzip_is_known_by_its_content(tmp_path):
 
 def test_crlf_bom_quotes_and_other_columns(tmp_path):
     rows = [f'"a, ""b""", {text} ,Train' for text in SMILES]
-    text = "\ufeff" + csv_text(rows, "id,smiles,Split").replace("\n", "\r\n")
-    assert build(tmp_path, text).smiles == [Chem.CanonSmiles(text) for text in SMILES]
+    canonical = [Chem.CanonSmiles(text) for text in SMILES]
+    assert build(tmp_path, csv_text(rows, "id,smiles,Split").replace("\n", "\r\n")).smiles == canonical
+    assert build(tmp_path, "\ufeff" + all_train(SMILES).replace("\n", "\r\n"), name="bom").smiles == canonical
+    listed = build(tmp_path, "\ufeff" + "\r\n".join(chains(30)), file="in.smi", name="listed")
+    assert not [row for row in listed.rejected if row["reason"] != "token not in the training vocabulary"]
     named = csv_text([f"x,{text}" for text in SMILES], "id,mol")
     assert len(build(tmp_path, named, "--smiles-column", "MOL", name="named").smiles) == len(SMILES)
 
@@ -154,7 +160,8 @@ def test_properties_are_those_of_rdkit(tmp_path):
     written = ["CC(=O)Oc1ccccc1C(=O)O", "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "CC(C)Cc1ccc(C(C)C(=O)O)cc1", "CCO", "c1ccccc1"]
     rows = [f"{text},{'val' if i == 3 else 'train'}" for i, text in enumerate(written)]
     result = build(tmp_path, csv_text(rows), "--props", "qed,logp,sas,tpsa")
-    functions = {"qed": QED.qed, "logp": Crippen.MolLogP, "sas": sascorer.calculateScore, "tpsa": rdMolDescriptors.CalcTPSA}
+    functions = {"qed": QED.qed, "logp": Crippen.MolLogP, "sas": sascorer.calculateScore,
+                 "tpsa": rdMolDescriptors.CalcTPSA}
     expected = np.array([[f(Chem.MolFromSmiles(text)) for f in functions.values()] for text in written])
     assert result.arrays["props"].dtype == np.float32 and list(result.meta["props"]) == ["qed", "logp", "sas", "tpsa"]
     np.testing.assert_allclose(result.arrays["props"], expected, rtol=1e-5)
@@ -184,7 +191,8 @@ def test_fold_before_split_before_hash_and_the_flag_before_all(tmp_path):
             for i, text in enumerate(chains(12))]
     everything = csv_text(rows, "SMILES,SPLIT,FOLD,mine")
     result = build(tmp_path, everything)
-    assert result.split == ["val" if i % 3 == 0 else "train" for i in range(12)] and result.meta["splits"] == ["train", "val"]
+    assert result.split == ["val" if i % 3 == 0 else "train" for i in range(12)]
+    assert result.meta["splits"] == ["train", "val"]
     chosen = build(tmp_path, everything, "--split_column", "mine", name="chosen")
     assert chosen.meta["splits"] == ["train", "val", "x"] and chosen.split[1::2] == ["x"] * 6
     split = build(tmp_path, everything.replace("FOLD", "other"), name="split")
@@ -228,22 +236,30 @@ def test_every_reason_is_counted_and_listed_with_its_line(tmp_path):
     lines = [
         "SMILES,SPLIT", "CCO,train", "C1CC,train", "CCO.CN,train", "OCC,train", "", ",train", "CCN", "CCN,train,x",
         b"CC\xff,train", "C" * 10_001 + ",train", "C" * 130 + ",train", "CC\u00e9,train", "CCF,", "[SiH3]C,test",
-        '"CCO,train', "CCBr,valid", "CCCBr,train", "CCCCCl,train", "", ""]
+        '"CCO,train', "[He],valid", "CCBr,valid", "CCCBr,train", "CCCCCl,train", "", ""]
     content = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
     result = build(tmp_path, content)
     expected = {3: "not parsed by RDKit", 4: "salt or mixture", 5: "duplicate", 6: "empty", 7: "empty",
                 8: "wrong number of columns", 9: "wrong number of columns", 10: "not UTF-8",
                 11: "line over 10000 characters", 12: "too long (> 128 tokens)", 13: "unknown token", 14: "no split",
-                15: "token not in the training vocabulary", 16: "wrong number of columns"}
+                15: "token not in the training vocabulary", 16: "wrong number of columns",
+                17: "token not in the training vocabulary"}
     assert {row["line"]: row["reason"] for row in result.rejected} == expected
     assert result.smiles == ["CCO", "CCBr", "CCCBr", "CCCCCl"] and result.split == ["train", "val", "train", "train"]
     counts = result.meta["counts"]
-    assert counts["read"] == 18 and counts["kept"] == 4 and sum(counts["rejected"].values()) == 14
+    assert counts["read"] == 19 and counts["kept"] == 4 and sum(counts["rejected"].values()) == 15
+    assert result.meta["vocab"] == ["<bos>", "<eos>", "Br", "C", "Cl", "O"]
     assert counts["rejected"] == {reason: list(expected.values()).count(reason) for reason in set(expected.values())}
     by_line = {row["line"]: row for row in result.rejected}
     assert by_line[5]["detail"] == "first on line 2" and by_line[15]["detail"] == "[SiH3]"
     assert by_line[9]["detail"] == "3 instead of 2" and by_line[10]["text"] == "CC\\xff,train"
     assert len(by_line[11]["text"]) == 80 and "'\u00e9'" in by_line[13]["detail"]
+
+
+def test_an_open_quote_does_not_swallow_the_next_rows(tmp_path):
+    result = build(tmp_path, csv_text(['"CCO', "CCCO", "CCCCO", "CCCCCO", '"CCCCCCO"'], "smiles"))
+    assert [(row["line"], row["reason"]) for row in result.rejected] == [(2, "wrong number of columns")]
+    assert result.smiles == ["CCCO", "CCCCO", "CCCCCO", "CCCCCCO"]
 
 
 def test_max_tokens_counts_tokens_and_not_characters(tmp_path):
@@ -338,8 +354,8 @@ def test_missing_file_and_missing_arguments(refuse, tmp_path):
 
 
 def test_the_command_line_prints_no_traceback(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, "--input", tmp_path / "none.csv", "--name", "set", "--out-dir", tmp_path],
-                         capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, SCRIPT, "--input", "none.csv", "--name", "set", "--out-dir", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1 and "none.csv" in run.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -347,7 +363,8 @@ def test_the_command_line_prints_no_traceback(tmp_path):
 # ------------------------------------------------------------------------------------------ repeated, parallel, broken
 def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK", 17)
-    text = csv_text(chains(150) + ["C1CC", "", "CCO.O"] + chains(150)[::-1] + ["[SiH3]C"] * 2 + ["CCCCCCCCCF"], "SMILES")
+    rows = chains(150) + ["C1CC", "", "CCO.O"] + chains(150)[::-1] + ["[SiH3]C"] * 2 + ["CCCCCCCCCF"]
+    text = csv_text(rows, "SMILES")
     build(tmp_path, text, "--scaffold", "--props", "logp", name="one")
     build(tmp_path, text, "--scaffold", "--props", "logp", "--workers", "2", name="two")
     one, two = contents(tmp_path / "out" / "one"), contents(tmp_path / "out" / "two")
@@ -417,7 +434,8 @@ def test_a_killed_run_leaves_the_old_set_alone(tmp_path):
     build(tmp_path, csv_text(chains(50), "SMILES"))
     folder = tmp_path / "out" / "set"
     before = contents(folder)
-    command = [str(SCRIPT), "--input", str(tmp_path / "in.csv"), "--name", "set", "--force", "--out_dir", str(tmp_path / "out")]
+    command = [str(SCRIPT), "--input", str(tmp_path / "in.csv"), "--name", "set", "--force",
+               "--out_dir", str(tmp_path / "out")]
     code = ("import os, runpy, sys, numpy\n"
             "numpy.save = lambda path, *rest, **more: 'split' in path.name and os.kill(os.getpid(), 9)\n"
             f"sys.argv = {command}\nrunpy.run_path(sys.argv[0], run_name='__main__')")
@@ -468,7 +486,8 @@ def test_url_with_checksum(tmp_path, refuse):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return load(prepare.main(["--demo", "--limit", "500", "--name", "demo500", "--out_dir", str(out), "--workers", "1"]))
+    command = ["--demo", "--limit", "500", "--name", "demo500", "--workers", "1"]
+    return load(prepare.main([*command, "--out_dir", str(out)]))
 
 
 def test_demo_molecules_keep_the_limits_of_moses(demo):
@@ -485,8 +504,8 @@ def test_demo_molecules_keep_the_limits_of_moses(demo):
 
 
 def test_demo_is_diverse(demo):
-    rings = [Chem.CanonSmiles(prepare.write_fragment(text.split("_"), [""] * text.count("_"))) for text in prepare.RINGS]
-    assert len(set(rings)) >= 60
+    rings = {Chem.CanonSmiles(prepare.write_fragment(text.split("_"), [""] * text.count("_"))) for text in prepare.RINGS}
+    assert len(rings) >= 60
     scaffolds = {MurckoScaffold.MurckoScaffoldSmiles(smiles) for smiles in demo.smiles}
     assert len(scaffolds) > 400
     assert {"Br", "Cl", "[nH]", "#", "s", "o", "4"} <= set(demo.meta["vocab"])

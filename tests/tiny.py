@@ -263,7 +263,7 @@ class Pair:
             theirs.close()
             self.workers.append((worker, ours))
 
-    def run(self, function, *arguments, timeout=120):
+    def run(self, function, *arguments, timeout=60):
         if not self.workers:
             self.start()
         for _, pipe in self.workers:
