@@ -36,7 +36,7 @@ def share(tensor):
 
 def own_frame(frames):
     """The innermost stack line that is neither torch's nor this file's."""
-    own = [frame for frame in frames if "/torch/" not in frame.replace("\\", "/") and __file__ not in frame]
+    own = [frame for frame in frames if str(Path(torch.__file__).parent) not in frame and __file__ not in frame]
     found = re.match(r'\s*File "(.*)", line (\d+), in (\S+)\s*(.*)', own[-1], re.S) if own else None
     return f"{Path(found[1]).name}:{found[2]}, in {found[3]} |  {found[4].strip().splitlines()[0]}" if found else ""
 
@@ -110,11 +110,12 @@ def dissect(model, replay, batch, header):
         elif t.is_floating_point() and t.numel() and float(t.detach().abs().max()) > 1e6:
             lines.append(f"  at entry: {name} is finite but huge, max|.|={float(t.detach().abs().max()):.3g}")
     trace = Trace({t.data_ptr(): name + " " for name, t in named})
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules()
+               for name, buffer in module.named_buffers(recurse=False)]
     hooks = []
     for name, module in model.named_modules():
         hooks += [module.register_forward_pre_hook(lambda m, i, name=name or "(root)": trace.modules.append(name)),
-                  module.register_forward_hook(lambda m, i, o: trace.modules.pop() and None)]
+                  module.register_forward_hook(lambda m, i, o: trace.modules.pop() and None, always_call=True)]
     try:
         with torch.autograd.set_detect_anomaly(True, check_nan=False), trace, torch.enable_grad():
             loss = replay()
@@ -125,8 +126,8 @@ def dissect(model, replay, batch, header):
     finally:
         for hook in hooks:
             hook.remove()
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
+        for module, name, buffer, saved in buffers:     # moved in place or replaced
+            module._buffers[name] = buffer.copy_(saved)
     sick = loss if kind(loss) else next((g for g in gradients if kind(g)), None)
     lines.append(f"  replayed loss = {float(loss.detach()):.6g} " + (
         "(non-finite in FORWARD)" if kind(loss) else "(finite: looking in BACKWARD)"))
@@ -170,13 +171,17 @@ def examine(script, run, model, config, dtype, step, now, batch_of, loss_of):
         return
     report += "\n  weights: " + ("exactly those of the step" if now == step else f"a little newer, from before step {now}")
     folder = run.folder / "autopsy" / f"step-{step:08d}-rank{rank()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.txt").write_text(report + "\n")
-    write_file(folder / "model.safetensors", model_tensors(model), {"about": model.about})
-    write_file(folder / "batch.safetensors", {k: v for k, v in batch.items() if torch.is_tensor(v)}, {
-        "script": script, "step": step, "rank": rank(), "micro": micro, "config": vars(config), "dtype": str(dtype)[6:],
-        "numbers": {k: v for k, v in batch.items() if not torch.is_tensor(v)}})
-    print(f"{report}\n  kept: python autopsy.py {folder}", file=sys.stderr, flush=True)
+    kept = f"kept: python autopsy.py {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.txt").write_text(report + "\n")
+        write_file(folder / "model.safetensors", model_tensors(model), {"about": model.about})
+        write_file(folder / "batch.safetensors", {k: v for k, v in batch.items() if torch.is_tensor(v)}, {
+            "script": script, "step": step, "rank": rank(), "micro": micro, "config": vars(config),
+            "dtype": str(dtype)[6:], "numbers": {k: v for k, v in batch.items() if not torch.is_tensor(v)}})
+    except OSError as error:                       # a full disk
+        kept = f"could not be kept: {error}"
+    print(f"{report}\n  {kept}", file=sys.stderr, flush=True)
 
 
 def main(folder):

@@ -299,12 +299,13 @@ class Guard:
 # ---------------------------------------------------------------------------------------------------- stop signals
 _signals = []                                       # received so far; a poll tells all ranks, the loop saves and ends
 
-def listen():
+def listen(on=True):
     """From now on SIGTERM and Ctrl-C mean: save and stop. torchrun may pass Ctrl-C on twice: only the third kills."""
     def remember(number, frame):
         _signals.append(number)
         if _signals.count(signal.SIGINT) >= 3:
             raise KeyboardInterrupt
+        os.write(2, b"\nsaving and stopping at the next poll; Ctrl-C three times ends at once\n")   # print may not here
     _signals.clear()
-    signal.signal(signal.SIGTERM, remember)
-    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGTERM, remember if on else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, remember if on else signal.default_int_handler)

@@ -71,7 +71,7 @@ class Config:
     learning_rate: float = 6e-4  # after the warm-up
     min_lr: float = 0.1  # at the end of the cosine, as a share of learning_rate
     warmup_steps: int = 300  # of linear warm-up
-    weight_decay: float = 0.1  # on matrices; none on biases, norms, embeddings' rows of one number
+    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and norms
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest global gradient norm; 0: off
@@ -488,14 +488,15 @@ def lr_at(step, max_steps, config):
 def train(config):
     """Train, evaluate, sample; under torchrun every process calls this -> dict of final metrics. Raises NonFinite."""
     device = launch(config.device)
+    listen()
     try:
         return run_training(config, device)
     finally:
+        listen(False)
         finish()
 
 
 def run_training(config, device):
-    listen()
     torch.manual_seed(config.seed)
     if not config.run_name:
         now = time.localtime(agree(int(time.time()), device))
@@ -600,6 +601,7 @@ def run_training(config, device):
     if not last:
         run.log(f"stopped by a signal; go on with: python train_edl.py --resume --run_name {config.run_name}")
         return {"step": step, "best": best}
+    listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
     table = report(load_model(folder / "best.safetensors", device), data, config, folder,
                    32 if config.dry_run else 1000, log=run.log)

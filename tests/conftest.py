@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def pair():
-    """Two gloo processes: pair.run(function, *arguments) calls it in both -> [what rank 0 returned, what rank 1 did]."""
+    """Two gloo processes: pair.run(function, *arguments) calls it in both -> [rank 0's answer, rank 1's]."""
     from tiny import Pair
     processes = Pair()
     yield processes

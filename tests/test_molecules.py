@@ -269,10 +269,10 @@ def test_max_tokens_counts_tokens_and_not_characters(tmp_path):
 
 
 def test_strange_rows_deep_in_a_file_do_not_end_the_run(tmp_path, monkeypatch):
-    lines = chains(30) + ["CC\0O", "CCO |m:1|", "[Fe", "garbage!", "CC{}"]
+    lines = chains(30) + ["CC\0O", "CCO |m:1|", "[Fe", "garbage!", "CC{}", "CCS\rCCP"]
     result = build(tmp_path, "\n".join(lines).encode(), file="in.smi")
-    assert [row["line"] for row in result.rejected if row["line"] > 30] == [31, 33, 34, 35]
-    assert "CCO" in result.smiles
+    assert [row["line"] for row in result.rejected if row["line"] > 30] == [31, 33, 34, 35, 36]
+    assert "CCO" in result.smiles and "CCS" not in result.smiles
 
     def broken(molecule):
         if molecule.GetNumAtoms() == 3:
@@ -319,6 +319,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:49fe\nsize 679167
     (b"what is this?\nno molecules!\n" * 20, "in.smi", [], "not parsed by RDKit 40"),
     (b"SMILES,SPLIT\nCCO,test\nCCN,val\n", "in.csv", [], "none of its 2 rows is left for training; splits: test, val"),
     (b"SMILES,SPLIT\nCCO,train\n", "in.csv", [], "no validation rows"),
+    (b"SMILES,SPLIT\rCCO,train\rCCN,train\r", "in.csv", [], "carriage returns"),
+    (b"CCO\rCCN\rCCCO\r" * 9000, "in.smi", [], "carriage returns"),
     (b"CCO\n", "in.xlsx", [], "unknown kind of file"),
     (b"CCO\n", "in.smi", ["--limit", "0"], "--limit 0: must be at least 1"),
     (b"CCO\n", "in.smi", ["--limit", "-5"], "--limit -5"),
@@ -504,7 +506,8 @@ def test_demo_molecules_keep_the_limits_of_moses(demo):
 
 
 def test_demo_is_diverse(demo):
-    rings = {Chem.CanonSmiles(prepare.write_fragment(text.split("_"), [""] * text.count("_"))) for text in prepare.RINGS}
+    fill = prepare.write_fragment
+    rings = {Chem.CanonSmiles(fill(text.split("_"), [""] * text.count("_"))) for text in prepare.RINGS}
     assert len(rings) >= 60
     scaffolds = {MurckoScaffold.MurckoScaffoldSmiles(smiles) for smiles in demo.smiles}
     assert len(scaffolds) > 400

@@ -1,6 +1,6 @@
 """What a run is given and leaves behind: flags, checkpoints and the run folder of runs.py.
 
-The checkpoints are damaged for real: every single bit is flipped, processes are killed while they save, the disk is full.
+The checkpoints are damaged for real: every bit of one is flipped, processes are killed while they save, a disk is full.
 """
 import builtins
 import dataclasses
@@ -26,7 +26,8 @@ from runs import (Run, checkpoints, load_newest, load_tensors, model_tensors, ne
                   resume_config, save_checkpoint, write_file)
 from tiny import Config, compute_loss, fingerprint, make_batch, make_net
 
-ALIASES = {"lr": "learning_rate", "no_norm": "use_norm=False", "offline": "wandb=offline", "data_name": "data_dir=data/tiny/{}"}
+ALIASES = {"lr": "learning_rate", "no_norm": "use_norm=False", "offline": "wandb=offline",
+           "data_name": "data_dir=data/tiny/{}"}
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -39,7 +40,7 @@ def refused(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         flags(*argv)
     output = capsys.readouterr()
-    assert (stop.value.code, output.out, output.err.count("\n")) == (2, "", 1) and output.err.startswith("error: "), output
+    assert (stop.value.code, output.out, output.err[:7], output.err.count("\n")) == (2, "", "error: ", 1), output
     return output.err
 
 
@@ -51,11 +52,12 @@ def test_nothing_given_is_all_defaults():
     (["--seed", "3"], {"seed": 3}), (["--grad_accum=2"], {"grad_accum": 2}), (["--grad-accum", "2"], {"grad_accum": 2}),
     (["--learning-rate", "1e-4"], {"learning_rate": 1e-4}), (["--learning_rate", "1"], {"learning_rate": 1.0}),
     (["--dropout", "-0.5"], {"dropout": -0.5}), (["--run_name", "a b"], {"run_name": "a b"}),
-    (["--verbose"], {"verbose": True}), (["--no_use_norm"], {"use_norm": False}), (["--no-use-norm"], {"use_norm": False}),
-    (["--no_verbose"], {"verbose": False}), (["--use_norm", "--no_use_norm"], {"use_norm": False}),
-    (["--lr", "0.5"], {"learning_rate": 0.5}), (["--no_norm"], {"use_norm": False}), (["--no-norm"], {"use_norm": False}),
-    (["--offline"], {"wandb": "offline"}), (["--data_name", "big"], {"data_dir": "data/tiny/big"}),
-    (["--data-name", "big", "--seed", "1"], {"data_dir": "data/tiny/big", "seed": 1}), (["--seed", "1", "--seed", "2"], {"seed": 2})])
+    (["--verbose"], {"verbose": True}), (["--no_verbose"], {"verbose": False}), (["--no_use_norm"], {"use_norm": False}),
+    (["--no-use-norm"], {"use_norm": False}), (["--use_norm", "--no_use_norm"], {"use_norm": False}),
+    (["--seed", "1", "--seed", "2"], {"seed": 2}), (["--lr", "0.5"], {"learning_rate": 0.5}),
+    (["--no_norm"], {"use_norm": False}), (["--no-norm"], {"use_norm": False}), (["--offline"], {"wandb": "offline"}),
+    (["--data_name", "big"], {"data_dir": "data/tiny/big"}),
+    (["--data-name", "big", "--seed", "1"], {"data_dir": "data/tiny/big", "seed": 1})])
 def test_flags(argv, expected):
     config, given = flags(*argv)
     assert config == Config(**expected) and given == set(expected)
@@ -63,11 +65,12 @@ def test_flags(argv, expected):
 
 
 @pytest.mark.parametrize("argv,says", [
-    (["--seeed", "3"], "unknown flag --seeed: did you mean --seed?"), (["--learnin_rate=1"], "did you mean --learning_rate?"),
-    (["--zzz"], "unknown flag --zzz; --help"), (["stray"], "unknown flag stray"), (["--see", "1"], "unknown flag --see"),
-    (["--seed", "three"], "--seed: invalid int value: 'three'"), (["--seed", "1.5"], "--seed"), (["--seed"], "expected one argument"),
-    (["--learning_rate", "nan"], "'nan'"), (["--learning_rate", "inf"], "'inf'"), (["--learning_rate=-inf"], "'-inf'"),
-    (["--lr", "nan"], "'nan'"), (["--lr", "1e999"], "'1e999'"), (["--dropout", "much"], "'much'"), (["--use_norm=maybe"], "--use_norm")])
+    (["--seeed", "3"], "unknown flag --seeed: did you mean --seed?"), (["--see", "1"], "unknown flag --see"),
+    (["--learnin_rate=1"], "did you mean --learning_rate?"), (["--zzz"], "unknown flag --zzz; --help"),
+    (["stray"], "unknown flag stray"), (["--seed", "three"], "--seed: invalid int value: 'three'"),
+    (["--seed", "1.5"], "--seed"), (["--seed"], "expected one argument"), (["--learning_rate", "nan"], "'nan'"),
+    (["--learning_rate", "inf"], "'inf'"), (["--learning_rate=-inf"], "'-inf'"), (["--lr", "nan"], "'nan'"),
+    (["--lr", "1e999"], "'1e999'"), (["--dropout", "much"], "'much'"), (["--use_norm=maybe"], "--use_norm")])
 def test_a_bad_flag_is_one_line_and_exit_2(capsys, argv, says):
     assert says in refused(capsys, *argv)
 
@@ -98,8 +101,8 @@ def test_flags_override_a_config_file(tmp_path):
 
 @pytest.mark.parametrize("content,says", [
     ('{"sed": 1}', "unknown field sed"), ('{"seed": "1"}', "seed wants a int, not '1'"), ('{"seed": 1.5}', "seed"),
-    ('{"seed": true}', "seed"), ('{"use_norm": 1}', "use_norm wants a bool"), ('{"learning_rate": "1e-3"}', "learning_rate"),
-    ('{"learning_rate": null}', "learning_rate"), ('{"run_name": 7}', "run_name"), ("[1]", "not a JSON object"),
+    ('{"seed": true}', "seed"), ('{"use_norm": 1}', "use_norm wants a bool"),
+    ('{"learning_rate": "1e-3"}', "learning_rate"), ('{"learning_rate": null}', "learning_rate"), ('{"run_name": 7}', "run_name"), ("[1]", "not a JSON object"),
     ("{", "not a JSON object"), ("", "not a JSON object"), ('{"config": 5}', "not a JSON object"),
     ('{"learning_rate": NaN}', "not a JSON object"), ('{"learning_rate": -Infinity}', "not a JSON object"),
     ('{"learning_rate": 1e999}', "not a JSON object")])
@@ -214,7 +217,7 @@ def test_wrappers_leave_no_trace_in_the_file(tmp_path):
     compiled = torch.compile(model)
     for step, wrapped in enumerate([Wrapped(model), compiled, Wrapped(compiled), torch.compile(Wrapped(model))], 2):
         tensors, body = read_file(save_checkpoint(tmp_path, step, wrapped, optimizer, {}))
-        assert tensors.keys() == plain.keys() and "module" not in str(body["optimizer"]) and "_orig" not in str(body["optimizer"])
+        assert tensors.keys() == plain.keys() and body["optimizer"] == ["embed.weight", "across"]
         restore(wrapped, optimizer, tensors, body)
 
 
@@ -225,7 +228,8 @@ def test_keep_removes_the_oldest_only(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == [f"step-0000000{n}.safetensors" for n in (1, 2, 3)]
     (tmp_path / "best.safetensors").write_bytes(b"not ours to delete")
     save_checkpoint(tmp_path, 10, model, optimizer, {}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.safetensors", "step-00000003.safetensors", "step-00000010.safetensors"]
+    left = ["best.safetensors", "step-00000003.safetensors", "step-00000010.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 @pytest.mark.parametrize("where", ["weight", "moment", "buffer"])
@@ -233,7 +237,8 @@ def test_a_non_finite_state_counts_for_nothing(tmp_path, where):
     model, optimizer = odd_run(1)
     for step in (1, 2):
         save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2)
-    {"weight": model.across.data, "moment": optimizer.state[model.across]["exp_avg"], "buffer": model.mean}[where][0] = math.inf
+    moment = optimizer.state[model.across]["exp_avg"]
+    {"weight": model.across.data, "moment": moment, "buffer": model.mean}[where][0] = math.inf
     path = save_checkpoint(tmp_path, 3, model, optimizer, {}, keep=2)
     assert path.name == "step-00000003.safetensors.nonfinite" and len(checkpoints(tmp_path)) == 2
     assert newest(tmp_path)[2]["step"] == 2 and read_file(path)[1]["step"] == 3, "it is there for a look"
@@ -259,8 +264,8 @@ def damage(path, how):
     path.write_bytes(blob)
 
 
-@pytest.mark.parametrize("how", ["truncated", "truncated header", "empty file", "flipped data bit", "flipped header bit",
-                                 "zeroed page", "something else"])
+@pytest.mark.parametrize("how", ["truncated", "truncated header", "empty file", "flipped data bit",
+                                 "flipped header bit", "zeroed page", "something else"])
 def test_a_damaged_file_is_named_passed_over_and_kept(tmp_path, how):
     model, optimizer = odd_run(1)
     paths = [save_checkpoint(tmp_path, step, model, optimizer, {}) for step in (1, 2, 3)]
@@ -370,7 +375,8 @@ def test_a_full_disk_harms_no_earlier_file(tmp_path, monkeypatch, fill):
     (lambda model: setattr(model, "head", nn.Linear(4, 7)), r"other parameters"),
     (lambda model: model.register_buffer("extra", torch.zeros(1)), r"missing \['extra'\], unexpected \[\]"),
     (lambda model: delattr(model, "mean"), r"missing \[\], unexpected \['mean'\]"),
-    (lambda model: setattr(model, "across", nn.Parameter(torch.zeros(5, 4))), r"across is \[5, 3\], the model wants \[5, 4\]"),
+    (lambda model: setattr(model, "across", nn.Parameter(torch.zeros(5, 4))),
+     r"across is \[5, 3\], the model wants \[5, 4\]"),
     (lambda model: setattr(model, "mean", torch.zeros(1, 3)), r"mean is \[3\], the model wants \[1, 3\]")])
 def test_a_wrong_model_is_named(tmp_path, change, says):
     model, optimizer = odd_run(1)
@@ -394,8 +400,8 @@ def test_parameter_groups_come_back_in_place(tmp_path):
     def build():
         torch.manual_seed(1)
         model = Odd()
-        return model, torch.optim.AdamW([{"params": [model.across], "weight_decay": 0.5}, {"params": [model.embed.weight]}],
-                                        lr=0.01, fused=True)
+        groups = [{"params": [model.across], "weight_decay": 0.5}, {"params": [model.embed.weight]}]
+        return model, torch.optim.AdamW(groups, lr=0.01, fused=True)
     model, optimizer = build()
     take_steps(model, optimizer, 2)
     save_checkpoint(tmp_path, 2, model, optimizer, {})
@@ -403,7 +409,7 @@ def test_parameter_groups_come_back_in_place(tmp_path):
     its_optimizer.param_groups[0]["lr"] = 0.02
     restore(other, its_optimizer, *newest(tmp_path)[1:])
     assert fingerprint(model, optimizer) == fingerprint(other, its_optimizer)
-    assert [group["lr"] for group in its_optimizer.param_groups] == [0.02, 0.01] and its_optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert [(group["lr"], group["weight_decay"]) for group in its_optimizer.param_groups] == [(0.02, 0.5), (0.01, 0.01)]
 
 
 def test_load_tensors_of_a_model_alone(tmp_path):
@@ -467,12 +473,13 @@ def test_metrics_are_strict_json(tmp_path, capsys):
     run = Run(config_in(tmp_path))
     run.progress(2, 10, stats(1.5), 0.1, 32, "rows")
     run.progress(4, 10, stats(math.nan, 2), 0.1, 32, "rows")        # a poll in which no step was taken
-    run.measure(4, "val", loss=math.inf, perplexity=-math.inf, accuracy=0.5, table={"a": {"b": math.nan}}, series=[1.0, math.nan])
+    run.measure(4, "val", loss=math.inf, lowest=-math.inf, accuracy=0.5, table={"a": {"b": math.nan}}, series=[1.0, math.nan])
     first, second, third = rows_of(run)
-    assert (first["step"], first["split"], first["loss"], first["parts"], first["lr"]) == (2, "train", 1.5, {"half": 0.75}, 0.1)
-    assert second["loss"] is None and second["parts"] == {"half": None} and second["skipped"] == 2 and second["rows_per_s"] > 0
-    assert third == {"step": 4, "split": "val", "loss": None, "perplexity": None, "accuracy": 0.5, "table": {"a": {"b": None}},
-                     "series": [1.0, None]}
+    assert (first["step"], first["split"], first["lr"], first["skipped"]) == (2, "train", 0.1, 0)
+    assert (first["loss"], first["parts"], second["loss"], second["parts"]) == (1.5, {"half": 0.75}, None, {"half": None})
+    assert second["grad_norm"] is None and second["skipped"] == 2 and second["rows_per_s"] > 0
+    assert third == {"step": 4, "split": "val", "loss": None, "lowest": None, "accuracy": 0.5,
+                     "table": {"a": {"b": None}}, "series": [1.0, None]}
     said = capsys.readouterr().out
     assert "step 2/10 20.0% | loss 1.5000 half 0.7500 | grad norm 1.500" in said and "skipped 2" in said
     assert said == (run.folder / "train.log").read_text(), "what was printed"
@@ -553,7 +560,8 @@ def test_wandb_is_wanted_but_missing(tmp_path, monkeypatch, capsys):
     block(monkeypatch, "wandb")
     with pytest.raises(SystemExit) as stop:
         Run(config_in(tmp_path, wandb="offline"))
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: --wandb offline needs the package: pip install wandb\n"
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line == "error: --wandb offline needs the package: pip install wandb\n"
 
 
 def test_wandb_gets_what_metrics_get(tmp_path, monkeypatch):
@@ -565,7 +573,7 @@ def test_wandb_gets_what_metrics_get(tmp_path, monkeypatch):
     run = Run(config_in(tmp_path, wandb="offline"))
     run.measure(3, "val", loss=0.5)
     assert Wandb.logged == [(3, {"val/loss": 0.5})]
-    assert Wandb.begun[0]["mode"] == "offline" and Wandb.begun[0]["name"] == "r" and Wandb.begun[0]["config"]["seed"] == 0
+    assert (Wandb.begun[0]["mode"], Wandb.begun[0]["name"], Wandb.begun[0]["config"]["seed"]) == ("offline", "r", 0)
 
 
 @pytest.mark.parametrize("seconds,text", [(0, "0m 00s"), (81.9, "1m 21s"), (5000, "1h 23m"), (360000, "100h 00m")])

@@ -169,7 +169,7 @@ def fingerprint(net, optimizer):
 
 def train(common, site="", precision="float32", policy="skip", accum=1, fused=True, everywhere=False, omit=False,
           halve=False, until=STEPS):
-    """STEPS optimizer steps under the guard of `common`, with a fault at step BAD on the last rank -> dict of the outcome.
+    """STEPS optimizer steps under the guard of `common`, with a fault at step BAD on the last rank -> dict: the outcome.
 
     everywhere: the fault strikes every rank. omit: step BAD never happens. halve: instead, float16's scale halves.
     With accum > 1 the fault sits in one micro-batch in the middle."""

@@ -120,6 +120,8 @@ def read_layout(path, options):
             fail(f"{path}: line {number} contains NUL bytes, so this is no UTF-8 text file")
         if number == 1:
             header = line
+            if b"\r" in line:
+                fail(f"{path}: its lines end in lone carriage returns; convert them to newlines (tr '\\r' '\\n')")
         if line.strip():
             last = number
     layout = Layout(last)
@@ -132,6 +134,7 @@ def read_layout(path, options):
     return layout
 
 def read_header(path, last, header, options):
+    """The first line of a .csv (str) -> Layout."""
     columns = next(csv.reader([header[:MAX_LINE]]), [])
     index = {column.strip().lower(): i for i, column in reversed(list(enumerate(columns)))}
 
@@ -165,6 +168,8 @@ def read_row(number, line, layout):
         return Rejected(number, "not UTF-8", text, f"byte {error.start + 1}")
     if not text.strip():
         return Rejected(number, "empty", text)
+    if "\r" in text:                                # what follows would pass for the name of the molecule
+        return Rejected(number, "carriage return within the line", text)
     if not layout.width:
         return Row(number, text.split()[0], None)
     try:
@@ -413,7 +418,7 @@ def summary(folder, meta, seconds):
     print(f"  tokens      {meta['mean_tokens']:.2f} in the mean, {meta['longest']} at most")
 
 def save(folder, arrays, meta, rejected):
-    """Write the set next to `folder`, then rename it into place: what goes wrong before leaves an older set as it was."""
+    """Write the set next to `folder`, then rename it into place: what goes wrong before leaves an older set alone."""
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
     try:
         new.mkdir(parents=True)
@@ -554,8 +559,8 @@ def draw_smiles(rng):
             total -= 2 * HYDROGEN
         elif len(parts) > 1:
             return None
-    if 250 <= total <= 350:                         # before the molecule is built, because most candidates fall here
-        return ".".join(map(write_fragment, parts, bonds))
+    # The weight is known before the molecule is built, and most candidates fall here
+    return ".".join(map(write_fragment, parts, bonds)) if 250 <= total <= 350 else None
 
 def draw_molecules(job, seed):
     """A worker's job -> DEMO_JOB canonical SMILES within the limits of MOSES (weight, rotatable bonds, logP)."""
