@@ -53,6 +53,12 @@ class Trace(TorchDispatchMode):
         if self.asleep:                            # our own looking must not be traced
             return operation(*args, **kwargs)
         self.asleep = True
+        try:
+            return self.look(operation, args, kwargs)
+        finally:                                   # a solver may raise, and its caller go on
+            self.asleep = False
+
+    def look(self, operation, args, kwargs):
         inputs = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t) and t.is_floating_point() and t.numel()]
         before = [(t, kind(t)) for t in inputs]    # now: the operation may work in place
         ranges = "; ".join(self.describe(t, k) for t, k in before)
@@ -63,7 +69,6 @@ class Trace(TorchDispatchMode):
                 self.remember(operation, tensor, now, before, ranges)
             elif torch.is_tensor(tensor):
                 self.bad.pop(id(tensor), None)
-        self.asleep = False
         return out
 
     def describe(self, tensor, kind):
@@ -169,7 +174,8 @@ def examine(script, run, model, config, dtype, step, now, batch_of, loss_of):
         dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
     if not found and (anyone or rank() > 0):
         return
-    report += "\n  weights: " + ("exactly those of the step" if now == step else f"a little newer, from before step {now}")
+    age = "exactly those of the step" if now == step else f"a little newer than the step, from before step {now}"
+    report += f"\n  weights: {age}"
     folder = run.folder / "autopsy" / f"step-{step:08d}-rank{rank()}"
     kept = f"kept: python autopsy.py {folder}"
     try:

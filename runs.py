@@ -155,7 +155,7 @@ def save_checkpoint(folder, step, model, optimizer, body, keep=0):
     path = Path(folder) / f"step-{step:08d}.safetensors{'' if finite else '.nonfinite'}"
     write_file(path, tensors, body | {"step": step, "optimizer": names})
     if keep and finite:
-        for old in checkpoints(folder)[:-keep]:
+        for old in [file for file in checkpoints(folder) if file <= path][:-keep]:      # never the one just written
             old.unlink()
     return path
 

@@ -172,11 +172,11 @@ def load_data(config, device="cpu"):
     n_rows, rows = len(split), {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
-    start = offsets[:-1] + 2 * np.arange(n_rows)    # each row before this one has put in a BOS and an EOS
-    length = np.diff(offsets) + 1
-    table = np.full(len(tokens) + 2 * n_rows, EOS, tokens.dtype if tokens.dtype == np.uint8 else np.int16)
-    table[start] = BOS
-    table[np.arange(len(tokens)) + 2 * np.repeat(np.arange(n_rows), np.diff(offsets)) + 1] = tokens
+    start, length = offsets[:-1] + 2 * np.arange(n_rows), np.diff(offsets) + 1     # each row gets a BOS and an EOS
+    table = np.zeros(len(tokens) + 2 * n_rows, tokens.dtype if tokens.dtype == np.uint8 else np.int16)
+    inside = np.ones(len(table), bool)
+    inside[start] = inside[start + length] = False
+    table[inside], table[start], table[start + length] = tokens, BOS, EOS
     return Data(torch.from_numpy(table).to(device), start, length, rows, meta["vocab"], meta["canonical"])
 
 
@@ -390,8 +390,9 @@ def evaluate(model, data, config, split="val", max_rows=0):
             scores += [score.sum() for score in uncertainty(1 + log_e.exp()).values()]
         sums.append(torch.stack((scores * 2)[:len(names)]))            # the plain model's loss is its nll
     model.train(was_training)
-    total = torch.stack(sums).cpu().double().sum(0).to(device)
+    total = torch.stack(sums).cpu().double().sum(0)
     if world_size() > 1:
+        total = total.to(device)
         dist.all_reduce(total)
     return dict(zip(names, (total / float(data.length[rows].sum())).tolist()))
 
@@ -545,8 +546,9 @@ def run_training(config, device):
             run.log(f"saved {save_checkpoint(folder, step, raw_model, optimizer, body, config.keep)}")
 
     run.log(f"{config.run_name}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {str(dtype)[6:]} "
-            f"({reason}), {len(data.rows['train']):,} molecules, batch {config.batch_size} x {world_size()} {device.type} x "
-            f"{config.grad_accum} = {global_batch}, {max_steps:,} steps" + f", resumed at {start:,}" * (start > 0))
+            f"({reason}), {len(data.rows['train']):,} molecules, batch {config.batch_size} x {world_size()} "
+            f"{device.type} x {config.grad_accum} = {global_batch}, {max_steps:,} steps" +
+            f", resumed at {start:,}" * (start > 0))
     try:
         for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
             last = step == max_steps
@@ -714,11 +716,11 @@ def settle(config, given):
         config = dataclasses.replace(config, **preset)
         if preset and int(os.environ.get("RANK", 0)) == 0:
             print("dry run:" if config.dry_run else "no GPU:", *(f"--{k} {v}" for k, v in preset.items()), flush=True)
-    if config.n_embd % config.n_head:
-        fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
     for name in ("batch_size", "grad_accum", "n_layer", "n_head", "n_embd", "learning_rate"):
         if getattr(config, name) <= 0:
             fail(f"--{name} {getattr(config, name)}: must be above 0")
+    if config.n_embd % config.n_head:
+        fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
     for name, choices in {"edl_loss_type": ("log", "digamma", "mse"), "edl_evidence": ("exp", "softplus"),
                           "on_nonfinite": ("skip", "stop"), "wandb": ("", "offline", "online")}.items():
         if getattr(config, name) not in choices:

@@ -28,7 +28,7 @@ SMALL = dict(device="cpu", n_layer=2, n_head=2, n_embd=32, batch_size=8, dropout
 
 # ------------------------------------------------------------------------------------------------------- in process
 def build_demo(folder):
-    """The --dry_run demo set (500 molecules, 463 of them to train on) in folder/demo500 -> its path."""
+    """The --dry_run demo set (500 molecules) in folder/demo500 -> its path."""
     from data.molecules import prepare
     return prepare.main(["--demo", "--limit", "500", "--name", "demo500", "--out_dir", str(folder), "--workers", "1"])
 

@@ -3,7 +3,6 @@
 The faults stand in tiny.py, one marked line each; tiny.py also plays the script whose events are kept and replayed.
 """
 import importlib
-import json
 import math
 import re
 import types
@@ -70,6 +69,13 @@ def test_a_masked_row_is_told_from_its_mask_on():
 def test_a_causal_mask_next_to_a_fault_is_not_blamed():
     report, found = report_on("log(0) after a causal mask")
     assert found and "masked_fill" not in report and " _softmax" not in report, report
+
+
+def test_a_gradient_that_a_saved_inf_spoils_leads_back_to_the_forward():
+    report, found = report_on("Inf behind a clamp")
+    first, second = births(report)[:2]
+    assert found and "looking in BACKWARD" in report and f"at {line_of('Inf behind a clamp')}" in report, report
+    assert first.startswith("Inf BORN in forward: exp") and second.startswith("NaN BORN in backward: mul")
 
 
 def test_nan_already_in_a_parameter():
@@ -166,17 +172,23 @@ def event_of(tmp_path, fault, step=5, micro_with_fault=1, now=7, break_it=False)
     return tmp_path / "autopsy" / f"step-{step:08d}-rank0"
 
 
-def test_an_event_is_kept_and_replayed(tmp_path, capsys):
-    event = event_of(tmp_path, "log(0)")
+@pytest.mark.parametrize("fault,born", [("log(0)", "Inf BORN in forward: log"),
+                                        ("sqrt(0) in backward", "Inf BORN in backward: div")])
+def test_an_event_is_kept_and_replayed(tmp_path, capsys, fault, born):
+    event = event_of(tmp_path, fault)
     told = capsys.readouterr()
     report = (event / "report.txt").read_text()
     assert told.out == "" and report in told.err and f"python autopsy.py {event}" in told.err
-    assert "=== AUTOPSY step 5 rank 0 micro-batch 1" in report and "Inf BORN in forward: log" in report
-    assert "weights: a little newer, from before step 7" in report
+    assert "=== AUTOPSY step 5 rank 0 micro-batch 1" in report and born in report
+    assert "weights: a little newer" in report and "before step 7" in report
     assert read_file(event / "model.safetensors")[1]["about"] == {"dropout": 0.1}
+    net = make_net()
+    common.seed_step(3, 5, 0, 1)                    # the dropout of that step and micro-batch
+    loss = compute_loss(net, make_batch(5, 0, 1))[0].item()
+    assert f"replayed loss = {loss:.6g} (finite" in report or fault == "log(0)", report
     tensors, about = read_file(event / "batch.safetensors")
     assert set(tensors) == {"x", "labels"} and torch.equal(tensors["x"], make_batch(5, 0, 1)["x"])
-    assert about["config"]["seed"] == 3 and about["numbers"] == {"count": tiny.ROWS, "fault": "log(0)"}
+    assert about["config"]["seed"] == 3 and about["numbers"] == {"count": tiny.ROWS, "fault": fault}
     autopsy.main(str(event))
     again = capsys.readouterr().out
     assert again.strip() == report[:report.index("\n  weights: ")].strip(), "the same report to the last digit"

@@ -465,10 +465,10 @@ def check_deferral(common):
             guard.sync_gradients(micro == 2 or not defer)
             loss, parts = compute_loss(model, make_batch(0, common.rank(), micro, count=6 * ROWS))
             guard.backward(loss)
-        assert net.calls == 3 + 100 * common.rank(), "buffers are each rank's own: that of rank 0 may be the bad one"
-        return calls, torch.cat([parameter.grad.flatten().clone() for parameter in net.parameters()])
-    (deferred, ours), (always, theirs) = gradients(True), gradients(False)
+        return calls, torch.cat([parameter.grad.flatten().clone() for parameter in net.parameters()]), float(net.calls)
+    (deferred, ours, forwards), (always, theirs, _) = gradients(True), gradients(False)
     assert len(always) == 3 * len(deferred) > 0, (deferred, always)
+    assert forwards == 3 + 100 * common.rank(), "buffers stay each rank's own: those of rank 0 may be the bad ones"
     torch.testing.assert_close(ours, theirs)
 
 
@@ -623,8 +623,8 @@ def test_every():
 # ------------------------------------------------------------------------------------------------- precision and launch
 def check_cast(common):
     ints, floats = torch.arange(3), torch.ones(3, dtype=torch.float64)
-    tree = {"tensors": [ints, floats], "arrays": (np.ones(2, np.float32), np.arange(2, dtype=np.int32)), "n": 3, "s": "x",
-            "mask": floats.bool()}
+    tree = {"tensors": [ints, floats], "arrays": (np.ones(2, np.float32), np.arange(2, dtype=np.int32)),
+            "mask": floats.bool(), "n": 3, "s": "x"}
     out = common.cast(tree, CPU, torch.bfloat16)
     assert [t.dtype for t in out["tensors"]] == [torch.int64, torch.bfloat16] and isinstance(out["tensors"], list)
     assert [t.dtype for t in out["arrays"]] == [torch.bfloat16, torch.int32] and isinstance(out["arrays"], tuple)
@@ -701,6 +701,10 @@ def test_only_the_third_ctrl_c_kills(listening):
         listening(signal.SIGINT)
     real_common.listen()
     assert not guard.stop_requested, "a second run in the same process starts anew"
+    real_common.listen(False)
+    with pytest.raises(KeyboardInterrupt):
+        listening(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not guard.stop_requested
 
 
 # ---------------------------------------------------------------------------------------------------- broken on purpose
@@ -717,7 +721,7 @@ BAD_NORM = "bad = counted = (norm - norm).ne(0).float()"
 LATCH = "self.latch = torch.maximum(self.latch, counted)"
 LIMIT = "if self.in_a_row > self.max_skips or total > max(self.max_skips, 0.01 * self.seen):"
 SEED = "repr((seed, step, rank, micro))"
-MUTANTS = {                                         # name: (text of common.py, what stands there instead, who must see it)
+MUTANTS = {                                         # name: (text of common.py, what stands there instead, who sees it)
     "isnan for isfinite on the loss":
         ("poison = value - value", "poison = torch.where(value.isnan(), value, 0.0)", cell("loss Inf")),
     "isnan for isfinite on the norm": (BAD_NORM, "bad = counted = norm.isnan().float()", cell("huge gradient")),
@@ -736,7 +740,8 @@ MUTANTS = {                                         # name: (text of common.py, 
     "the limit never raises": (LIMIT, "if False:", cell("NaN data for ever")),
     "no limit in a row": (LIMIT, LIMIT.replace("self.in_a_row > self.max_skips or ", ""), other("in_a_row")),
     "no limit in total": (LIMIT, "if self.in_a_row > self.max_skips:", other("limits")),
-    "no 1 % of the steps": (LIMIT, LIMIT.replace("max(self.max_skips, 0.01 * self.seen)", "self.max_skips"), other("limits")),
+    "no 1 % of the steps":
+        (LIMIT, LIMIT.replace("max(self.max_skips, 0.01 * self.seen)", "self.max_skips"), other("limits")),
     "the count in a row is never reset": ("            self.in_a_row = 0\n", "", other("resume")),
     "non-finite weights go unnoticed":
         ("if not np.isfinite(norms).all():", "if False:", cell("optimizer state NaN")),
@@ -748,12 +753,14 @@ MUTANTS = {                                         # name: (text of common.py, 
     "float16: bad data halve the scale":
         ("0.5 * bad * (1 - loss_bad)", "0.5 * bad", cell("input NaN", "float16")),
     "float16: an overflow counts as bad":
-        ("counted = bad * torch.maximum(", "counted = bad + 0 * torch.maximum(", cell("float16 overflow", "float16", "stop")),
+        ("counted = bad * torch.maximum(", "counted = bad + 0 * torch.maximum(",
+         cell("float16 overflow", "float16", "stop")),
     "float16: no overflow counts as bad":
         ("torch.maximum(loss_bad, self.scale.le(1.0).float())", "loss_bad", other("overflow")),
     "float16: the limit counts overflows": (' - self.skips["float16 overflow"]', "", other("overflow")),
     "float16: the norm is not unscaled": (".float() / self.scale", ".float()", cell("input NaN", "float16")),
-    "float16: the update is not unscaled": ("divisor = self.scale * (norm", "divisor = (norm", cell("input NaN", "float16")),
+    "float16: the update is not unscaled":
+        ("divisor = self.scale * (norm", "divisor = (norm", cell("input NaN", "float16")),
     "float16: the scale has no floor": (".clamp(1.0, 65536.0)", ".clamp(max=65536.0)", other("overflow")),
     "float16: the scale never grows": ("* (1 + grow)", "", other("overflow")),
     "float16: an overflow does not restart the growth":
@@ -782,7 +789,7 @@ MUTANTS = {                                         # name: (text of common.py, 
     "cast touches integers": ("dtype if dtype and tree.is_floating_point() else None", "dtype", other("cast")),
 }
 MUTANTS_OF_TWO = {
-    "SUM for MAX": ("dist.all_reduce(loss_bad, op=dist.ReduceOp.MAX)", "dist.all_reduce(loss_bad, op=dist.ReduceOp.SUM)",
+    "SUM for MAX": ("dist.all_reduce(loss_bad, op=dist.ReduceOp.MAX)", "dist.all_reduce(loss_bad)",
                     cell("input NaN", "float16", "stop", everywhere=True)),
     "each rank decides alone":
         ("skipped = torch.maximum(bad, self.latch)", "skipped = row[LOSS_BAD].clamp(max=1.0)", cell("input NaN")),
@@ -793,7 +800,8 @@ MUTANTS_OF_TWO = {
     "no zero_grad": MUTANTS["no zero_grad"],
     "no latch": MUTANTS["no latch"],
     "found_inf is 2.0": MUTANTS["found_inf is 2.0"],
-    "DDP's mean is not undone": ("(self.scale * world_size() + poison)", "(self.scale + poison)", other("split", accum=1)),
+    "DDP's mean is not undone":
+        ("(self.scale * world_size() + poison)", "(self.scale + poison)", other("split", accum=1)),
     "the reported loss is a rank's mean": ("ring[:, good].sum(0)", "ring[:, good].mean(0)", other("split", accum=1)),
     "all ranks get the same rows": ("[rank(), micro]", "[0, micro]", other("split", accum=1)),
     "gradients are reduced for each micro-batch":
@@ -801,7 +809,8 @@ MUTANTS_OF_TWO = {
     "buffers are broadcast": ("broadcast_buffers=False", "broadcast_buffers=True", other("deferral")),
     "ranks may drift apart": ("if (norms != norms[0]).any():", "if False:", other("ranks_that_drift_apart")),
     "a signal stays on its rank": ("bool(table[:, -1].any())", "bool(table[rank(), -1])", other("signal_reaches_all")),
-    "a signal stops its rank alone": ("(world_size() == 1 and bool(_signals))", "bool(_signals)", other("signal_reaches_all")),
+    "a signal stops its rank alone":
+        ("(world_size() == 1 and bool(_signals))", "bool(_signals)", other("signal_reaches_all")),
 }
 
 

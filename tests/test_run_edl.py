@@ -111,7 +111,9 @@ def test_measurements_are_strict_json(dry):
     assert list(table) == ["MolGPT", "6-gram", "unigram", "test rows"]
     assert table["MolGPT"]["val NLL"] == pytest.approx(rows[-1]["nll"], rel=1e-5) and table["test rows"]["valid"] == 1
     about = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
-    assert about["derived"] == {"max_steps": 20, "steps_per_epoch": 463 / 16, "global_batch": 16} and about["world_size"] == 1
+    derived = about["derived"]
+    assert derived["max_steps"] == 20 and derived["global_batch"] == 16 and about["world_size"] == 1
+    assert derived["steps_per_epoch"] * 16 in range(400, 500)
     assert set(about["config"]) == set(vars(train_edl.Config()))
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -75,10 +74,13 @@ class Middle(nn.Module):
         elif fault == "log(0) in place":
             hidden = hidden.clone().mul_(0)
             hidden.log_()                                                       # HERE: log(0) in place
+        elif fault == "Inf behind a clamp":             # the loss does not see it, the gradient does: 0 * Inf
+            hidden = (hidden + 1000).exp()                                      # HERE: Inf behind a clamp
+            hidden = hidden.clamp(max=9.0)
         elif fault == "float16 cast":
             hidden = (hidden.float() * 1e6).half().float()                      # HERE: float16 cast
         elif fault == "exception inside":
-            raise ArithmeticError("as a solver raises that does not converge")
+            torch.linalg.cholesky(-torch.eye(2))                                # a solver that gives up raises
         return hidden
 
 
@@ -98,7 +100,7 @@ class Net(nn.Module):
         hidden = self.dropout(F.gelu(self.norm(self.first(x))))
         try:
             hidden = self.middle(hidden, fault)
-        except ArithmeticError:
+        except torch.linalg.LinAlgError:
             hidden = (hidden * 0).log()                                         # HERE: exception inside
         logits = self.last(F.gelu(hidden)).float()
         if fault == "-inf logit on a label":
@@ -169,7 +171,7 @@ def fingerprint(net, optimizer):
 
 def train(common, site="", precision="float32", policy="skip", accum=1, fused=True, everywhere=False, omit=False,
           halve=False, until=STEPS):
-    """STEPS optimizer steps under the guard of `common`, with a fault at step BAD on the last rank -> dict: the outcome.
+    """STEPS optimizer steps under the guard of `common`, with a fault at step BAD on the last rank -> outcome, a dict.
 
     everywhere: the fault strikes every rank. omit: step BAD never happens. halve: instead, float16's scale halves.
     With accum > 1 the fault sits in one micro-batch in the middle."""

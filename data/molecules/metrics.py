@@ -1,6 +1,4 @@
 """What only evaluates: the metrics of MOSES (Polykovskiy et al. 2020), n-gram baselines, a picture of molecules."""
-import math
-
 import numpy as np
 from rdkit import Chem, RDLogger
 from rdkit.Chem import Draw
@@ -15,19 +13,18 @@ def canonical(smiles):
 
 
 def describe(smiles, known):
-    """List of SMILES and the set of canonical training SMILES -> dict of n and shares in 0 .. 1.
+    """List of SMILES and the set of canonical training SMILES -> dict of n and shares; no intdiv if none is valid.
 
     valid: parsed by RDKit; unique: among the valid; novel: of the unique, those not in known; intdiv: 1 - mean Tanimoto
     similarity over all pairs of the first 2,000 valid ones, self included as in MOSES (Morgan, radius 2, 1024 bits)."""
     valid = [s for s in map(canonical, smiles) if s]
     unique = set(valid)
-    return {"n": len(smiles), "valid": len(valid) / max(len(smiles), 1), "unique": len(unique) / max(len(valid), 1),
-            "novel": len(unique - known) / max(len(unique), 1), "intdiv": internal_diversity(valid[:2000])}
+    result = {"n": len(smiles), "valid": len(valid) / max(len(smiles), 1), "unique": len(unique) / max(len(valid), 1),
+              "novel": len(unique - known) / max(len(unique), 1)}
+    return result | {"intdiv": internal_diversity(valid[:2000])} if valid else result
 
 
 def internal_diversity(smiles):
-    if not smiles:
-        return math.nan
     morgan = GetMorganGenerator(radius=2, fpSize=1024)
     bits = np.array([morgan.GetFingerprintAsNumPy(Chem.MolFromSmiles(s)) for s in smiles], np.float32)
     both, size = bits @ bits.T, bits.sum(1)
