@@ -222,7 +222,8 @@ class Run:
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True,
+                             text=True)             # by the shell: a machine without git leaves it empty
         about = {"config": dataclasses.asdict(config), "derived": derived, "world_size": world_size(),
                  "commit": git.stdout.strip(), "torch": torch.__version__, "python": sys.version.split()[0]}
         (self.folder / "config.json").write_text(json.dumps(about, indent=1))
@@ -230,7 +231,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(True) if start and path.exists() else []
         self.rows = [json.loads(line) for line in lines if line.endswith("\n")]    # a kill may have cut the last one
-        self.rows = [row for row in self.rows if row["step"] <= start]
+        self.rows = [row for row in self.rows if row["step"] < start + (row["split"] == "train")]
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         if config.wandb:
             try:

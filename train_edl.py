@@ -473,7 +473,8 @@ def report(model, data, config, folder, n, temperature=1.0, top_k=0, seed=0, log
     write_csv(folder / "samples/final.csv", made)
     draw_grid(folder / "samples/final.png", made)
     about = {"n": n, "temperature": temperature, "top_k": top_k, "seed": seed}
-    (folder / "eval.json").write_text(json.dumps(about | {"table": table}, indent=1))
+    strict = {name: {column: None if x != x else x for column, x in row.items()} for name, row in table.items()}
+    (folder / "eval.json").write_text(json.dumps(about | {"table": strict}, indent=1))
     return table
 
 
@@ -517,6 +518,8 @@ def run_training(config, device):
     if config.resume:
         saved = load_newest(folder, device)
         if saved:
+            if [saved[1]["about"][key] for key in ("vocab", "block")] != [data.vocab, data.block]:
+                fail(f"--data_dir {config.data_dir}: its vocabulary or longest row is not the checkpoint's")
             restore(raw_model, optimizer, *saved)
             start, best = saved[1]["step"], saved[1]["best"]
     elif agree(len(checkpoints(folder)), device):
@@ -607,7 +610,8 @@ def run_training(config, device):
     agree(0, device)                                # best.safetensors is there
     table = report(load_model(folder / "best.safetensors", device), data, config, folder,
                    32 if config.dry_run else 1000, log=run.log)
-    run.log(f"done: {folder} holds samples/final.png, curves.png, best.safetensors, eval.json. More molecules:\n"
+    files = ("samples/final.png", "curves.png", "best.safetensors", "eval.json")
+    run.log(f"done: {folder} holds {', '.join(x for x in files if (folder / x).exists())}. More molecules:\n"
             f"python train_edl.py sample --run_name {config.run_name} --num_samples 1000")
     agree(0, device)                                # the others wait for the samples
     return {"step": step, "best": best, "table": table}
@@ -646,8 +650,9 @@ def open_run(flags, device):
     if not flags.run_name or not (folder / "best.safetensors").exists():
         names = ", ".join(sorted(path.parent.name for path in Path(flags.out_dir).glob("*/best.safetensors")))
         fail(f"--run_name {flags.run_name}: no such trained run in {flags.out_dir}; there is {names or 'none yet'}")
-    if flags.num_samples < 1 or flags.temperature <= 0 or flags.top_k < 0:
-        fail("--num_samples and --temperature must be above 0, --top_k not below")
+    low, zero = min(flags.num_samples, getattr(flags, "batch_size", 1)), min(flags.top_k, flags.seed)
+    if low < 1 or flags.temperature <= 0 or zero < 0:
+        fail("--num_samples, --batch_size and --temperature must be above 0, --top_k and --seed not below")
     try:
         return folder, load_model(folder / "best.safetensors", device)
     except ValueError as error:
@@ -719,6 +724,8 @@ def settle(config, given):
     for name in ("batch_size", "grad_accum", "n_layer", "n_head", "n_embd", "learning_rate"):
         if getattr(config, name) <= 0:
             fail(f"--{name} {getattr(config, name)}: must be above 0")
+    if config.seed < 0 or not 0 <= config.dropout < 1:
+        fail(f"--seed {config.seed} --dropout {config.dropout}: a seed is not below 0, a dropout in 0 ... 1")
     if config.n_embd % config.n_head:
         fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
     for name, choices in {"edl_loss_type": ("log", "digamma", "mse"), "edl_evidence": ("exp", "softplus"),

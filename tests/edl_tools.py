@@ -1,6 +1,7 @@
 """What the tests of train_edl.py share: hand-made data, tiny models, runs in this process and in real ones.
 
-Not a test file. As a program it is train_edl.py with a fault: python tests/edl_tools.py FAULT:STEP:RANK [flags]; see arm().
+Not a test file. As a program it is train_edl.py with a fault, python tests/edl_tools.py FAULT:STEP:RANK [flags]: see
+arm().
 """
 import dataclasses
 import json
@@ -22,8 +23,8 @@ if __name__ == "__main__":
 import train_edl  # noqa: E402
 from runs import checkpoints, read_file  # noqa: E402
 
-SMALL = dict(device="cpu", n_layer=2, n_head=2, n_embd=32, batch_size=8, dropout=0.0, learning_rate=2e-3, warmup_steps=2,
-             grad_clip=1.0, log_every=0, eval_every=0, save_every=0, dry_run=True)    # a dry run draws only 32 samples
+SMALL = dict(device="cpu", n_layer=2, n_head=2, n_embd=32, batch_size=8, dropout=0.0, learning_rate=2e-3,
+             warmup_steps=2, log_every=0, eval_every=0, save_every=0, dry_run=True)   # a dry run draws only 32 samples
 
 
 # ------------------------------------------------------------------------------------------------------- in process
@@ -41,7 +42,8 @@ def write_data(folder, train, val, test=(), vocab=None):
     np.save(folder / "tokens.npy", np.array([vocab.index(token) for row in rows for token in row], np.uint8))
     np.save(folder / "offsets.npy", np.cumsum([0, *map(len, rows)]).astype(np.int64))
     np.save(folder / "split.npy", np.repeat(np.arange(3, dtype=np.uint8), [len(train), len(val), len(test)]))
-    (folder / "meta.json").write_text(json.dumps({"vocab": vocab, "splits": ["train", "val", "test"], "canonical": False}))
+    meta = {"vocab": vocab, "splits": ["train", "val", "test"], "canonical": False}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
@@ -50,7 +52,7 @@ def small_config(**fields):
 
 
 def small_model(vocab, block, seed=0, scale=10.0, **fields):
-    """A random model in eval mode whose weights are `scale` times as wide as at the start: its logits are far from flat."""
+    """A random model in eval mode; its weights are `scale` times as wide as at the start, its logits far from flat."""
     torch.manual_seed(seed)
     model = train_edl.MolGPT(small_config(**fields), vocab, block)
     with torch.no_grad():
@@ -119,7 +121,9 @@ def wait(*processes, timeout=180):
         return [Ended(process.returncode, *end) for process, end in zip(processes, ends)]
     finally:
         for process in processes:
-            process.kill()
+            if process.poll() is None:              # torchrun's workers are not ours to kill, but it ends them itself
+                process.terminate()
+                process.wait(60)
 
 
 def training(fault, folder, **fields):
@@ -148,8 +152,8 @@ def weights_of(model):
 def arm(fault, at, on):
     """Let train_edl meet a fault at step `at` on rank `on`; after a restart by torchrun it does not come back.
 
-    kill, term, int: the process gets that signal in the middle of the step; kill-in-save: SIGKILL when the checkpoint of
-    step `at` is written but not yet renamed; nan-loss; no-targets: the batch's count is 0; nan-weight; none: no fault."""
+    kill, term, int: the process gets that signal in the middle of the step; kill-in-save: SIGKILL when the checkpoint
+    of step `at` is written but not yet renamed; nan-loss; nan-weight; no-targets: the batch's count is 0."""
     compute_loss, get_batch, replace, seen = train_edl.compute_loss, train_edl.get_batch, os.replace, []
     numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 

@@ -21,14 +21,16 @@ VAL = ["CCOCC", "NCCO", "CC=O", "c1ccccc1O", "N"]                # with n-grams 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return train_edl.load_data(train_edl.Config(data_dir=str(write_data(tmp_path_factory.mktemp("ngram") / "set", TRAIN, VAL))))
+    folder = write_data(tmp_path_factory.mktemp("ngram") / "set", TRAIN, VAL)
+    return train_edl.load_data(train_edl.Config(data_dir=str(folder)))
 
 
 class Brute:
-    """The same model as a dictionary: count every n-gram of every order, then recurse from the highest down to 1 / K."""
+    """The same model as a dictionary: every n-gram of every order is counted, 1 / K is smoothed upwards."""
     def __init__(self, data, order, w=4.0):
         self.data, self.order, self.w, self.K = data, order, w, len(data.vocab)
-        self.counts = [Counter(gram[-k:] for smiles in TRAIN for gram in self.grams(smiles)) for k in range(1, order + 1)]
+        grams = [gram for smiles in TRAIN for gram in self.grams(smiles)]
+        self.counts = [Counter(gram[-k:] for gram in grams) for k in range(1, order + 1)]
         self.contexts = [Counter() for _ in self.counts]
         for counts, contexts in zip(self.counts, self.contexts):
             for gram, n in counts.items():
@@ -128,7 +130,7 @@ def test_the_grid_of_molecules_is_a_picture(tmp_path, n):
     draw_grid(tmp_path / "grid.png", made + [{"smiles": "C1CC", "nll": 0.0, "epistemic": 0.0}])
     with Image.open(tmp_path / "grid.png") as picture:
         picture.load()
-        assert picture.format == "PNG" and picture.width == 6 * 240 and picture.height == 200 * math.ceil(min(n, 24) / 6)
+        assert picture.format == "PNG" and picture.size == (6 * 240, 200 * math.ceil(min(n, 24) / 6))
         assert len(set(picture.convert("L").tobytes())) > 2             # not blank
 
 

@@ -503,6 +503,11 @@ def test_config_json_is_valid_input(tmp_path):
     assert int((run.folder / "train.pid").read_text()) == os.getpid()
 
 
+def test_without_git_the_commit_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert strict((Run(config_in(tmp_path)).folder / "config.json").read_text())["commit"] == ""
+
+
 def test_metrics_are_strict_json(tmp_path, capsys):
     run = Run(config_in(tmp_path))
     run.progress(2, 10, stats(1.5), 0.1, 32, "rows")
@@ -524,12 +529,13 @@ def test_a_resume_goes_on_in_the_same_folder(tmp_path):
     run = Run(config_in(tmp_path))
     for step in (2, 4, 6):
         run.progress(step, 10, stats(), 0.1, 32, "rows")
+        run.measure(step, "val", loss=2.0)          # made again by a resume, which begins with the evaluation
     run.log("only for the file", shown=False)
     before = (run.folder / "train.log").read_text()
     again = Run(config_in(tmp_path), start=4)
     again.log("resumed")
     again.progress(6, 10, stats(0.5), 0.1, 32, "rows")
-    assert [(row["step"], row["loss"]) for row in rows_of(again)] == [(2, 1.0), (4, 1.0), (6, 0.5)]
+    assert [(row["step"], row["loss"]) for row in rows_of(again)] == [(2, 1.0), (2, 2.0), (4, 1.0), (6, 0.5)]
     assert (run.folder / "train.log").read_text().startswith(before + "resumed\n")
     assert rows_of(Run(config_in(tmp_path))) == [], "a run that starts at 0 measures anew"
 
