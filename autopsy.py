@@ -64,11 +64,8 @@ class Trace(TorchDispatchMode):
         ranges = "; ".join(self.describe(t, k) for t, k in before)
         out = operation(*args, **kwargs)
         for tensor in tree_leaves(out):
-            now = kind(tensor)
-            if now:
-                self.remember(operation, tensor, now, before, ranges)
-            elif torch.is_tensor(tensor):
-                self.bad.pop(id(tensor), None)
+            if kind(tensor):
+                self.remember(operation, tensor, before, ranges)
         return out
 
     def describe(self, tensor, kind):
@@ -78,7 +75,8 @@ class Trace(TorchDispatchMode):
         largest, zeros = float(tensor.detach().abs().max()), int((tensor == 0).sum())
         return f"{name}{list(tensor.shape)} max|.|={largest:.3g}" + (f" zeros={zeros}" if zeros else "")
 
-    def remember(self, operation, tensor, now, before, ranges):
+    def remember(self, operation, tensor, before, ranges):
+        now = kind(tensor)
         node = torch._C._current_autograd_node() if self.phase == "backward" else None
         frames = node.metadata.get("traceback_", []) if node else traceback.format_stack()
         module = f"module {self.modules[-1]}" if self.modules else ""
@@ -88,15 +86,12 @@ class Trace(TorchDispatchMode):
                  "parents": [self.source(t, k) for t, k in before if k], "phase": self.phase,
                  "where": f"autograd node {node.name()}" if node else module}
         self.events.append(event)
-        self.bad[id(tensor)] = (event, tensor)     # holding the tensor keeps its id and address its own
+        self.bad[id(tensor)] = (event, tensor)     # holding the tensor keeps its id from being used again
 
     def source(self, tensor, kind):
         """The event that made this non-finite input; one that no operation made came in from outside."""
         if id(tensor) in self.bad:
             return self.bad[id(tensor)][0]
-        for event, held in self.bad.values():      # autograd hands out saved tensors as new objects on the old memory
-            if held.data_ptr() == tensor.data_ptr():
-                return event
         name = self.names.get(tensor.data_ptr(), "a tensor from outside the replay").strip()
         return {"what": name, "short": name, "kind": kind, "share": share(tensor), "born": True, "parents": [],
                 "phase": "", "inputs": "", "site": "", "where": ""}
@@ -126,8 +121,8 @@ def dissect(model, replay, batch, header):
             loss = replay()
             trace.phase, gradients = "backward", []
             if not kind(loss):
-                wanted = [p for p in model.parameters() if p.requires_grad]
-                gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+                wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -137,6 +132,10 @@ def dissect(model, replay, batch, header):
     lines.append(f"  replayed loss = {float(loss.detach()):.6g} " + (
         "(non-finite in FORWARD)" if kind(loss) else "(finite: looking in BACKWARD)"))
     if sick is None:
+        largest, name = max((float(g.abs().max()), name) for name, g in zip(wanted, gradients) if g is not None)
+        if largest > 1e15:                         # squares of such numbers no longer fit a float32
+            lines.append(f"  every gradient is finite, but their norm overflows: {name} has max|.|={largest:.3g}")
+            return "\n".join(lines), True
         lines.append("  did NOT reproduce, loss and gradients are finite: weights that have moved on, a kernel that "
                      "varies from run to run, a fault of compiled code only, or the hardware")
         return "\n".join(lines), False

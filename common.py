@@ -5,6 +5,7 @@ corrupt a run silently if it were copied. Weights and optimizer state are float3
 """
 import functools
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -19,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 class NonFinite(RuntimeError):
-    """The run must stop, with exit code 3. `step`: the weights, if finite, are those from before this step."""
-    def __init__(self, message, step):
+    """The run must stop, with exit code 3. If intact, the weights are good and are those from before `step`."""
+    def __init__(self, message, step, intact=True):
         super().__init__(f"""STOPPED before step {step}: {message}. What to try:
   1. the autopsy in the run's folder: it names the operation where the first Inf or NaN was born
   2. a lower --learning_rate or a longer --warmup_steps, with --resume
   3. --dtype float32    4. a smaller --grad_clip    5. --skip_steps {step} with --resume, if only that batch is bad""")
-        self.step = step
+        self.step, self.intact = step, intact
 
 def fail(message):
     """End the program because of what the user gave it: one line on stderr, exit code 2."""
@@ -67,8 +68,10 @@ def wrap_ddp(model, device):
     """The model under DDP, or itself when alone. Buffers are not broadcast: they follow accepted steps on all ranks."""
     if world_size() == 1:
         return model
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"   # renamed in torch 2.13
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **{buffers: False})
 
 def unwrap(model):
     """The module under DDP and torch.compile, so that `module.` and `_orig_mod.` never reach a file."""
@@ -255,9 +258,9 @@ class Guard:
         self.after = steps[-1] + 1 if steps else self.after
         good = [k for k in range(len(steps)) if self._account(steps[k], ring[:, k])]
         if not np.isfinite(norms).all():
-            raise NonFinite(f"weights are ALREADY non-finite, their norm on each rank: {norms.tolist()}", self.after)
+            raise NonFinite(f"weights are ALREADY non-finite, norm by rank: {norms.tolist()}", self.after, intact=False)
         if (norms != norms[0]).any():
-            raise NonFinite(f"ranks hold DIFFERENT weights, their norm on each rank: {norms.tolist()}", self.after)
+            raise NonFinite(f"ranks hold DIFFERENT weights, norm by rank: {norms.tolist()}", self.after, intact=False)
         total = ring[:, good].sum(0).mean(0) if good else np.full(width, math.nan)   # a rank holds its share of a loss
         total = total.tolist()
         return {"steps": len(steps), "loss": total[LOSS], "parts": dict(zip(self.names, total[PARTS:])),

@@ -19,7 +19,7 @@ from safetensors.torch import load as parse_safetensors, save as to_safetensors
 from common import agree, fail, rank, unwrap, world_size
 
 # ----------------------------------------------------------------------------------------------------------- flags
-def _finite(text):
+def finite_number(text):
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is not finite")
@@ -35,7 +35,7 @@ def parse_flags(Config, argv, doc="", aliases={}):
     parser.error = lambda message: fail(f"{message}; --help lists the flags")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    kinds = {name: _finite if field.type is float else field.type for name, field in fields.items()}
+    kinds = {name: finite_number if field.type is float else field.type for name, field in fields.items()}
 
     def add(flag, name, **kwargs):
         parser.add_argument(*dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"]), dest=name, **kwargs)
@@ -66,7 +66,7 @@ def parse_flags(Config, argv, doc="", aliases={}):
 def read_config(path, fields):
     """A JSON file of fields (or a run's config.json) -> dict, checked by name and type; bad ones end in fail()."""
     try:
-        base = json.loads(Path(path).read_text(), parse_float=_finite, parse_constant=_finite)
+        base = json.loads(Path(path).read_text(), parse_float=finite_number, parse_constant=finite_number)
         base = dict(base.get("config", base))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"--config {path}: not a JSON object of fields: {error}")

@@ -473,8 +473,7 @@ def report(model, data, config, folder, n, temperature=1.0, top_k=0, seed=0, log
     write_csv(folder / "samples/final.csv", made)
     draw_grid(folder / "samples/final.png", made)
     about = {"n": n, "temperature": temperature, "top_k": top_k, "seed": seed}
-    strict = {name: {column: None if x != x else x for column, x in row.items()} for name, row in table.items()}
-    (folder / "eval.json").write_text(json.dumps(about | {"table": strict}, indent=1))
+    (folder / "eval.json").write_text(json.dumps(about | {"table": table}, indent=1))
     return table
 
 
@@ -554,12 +553,13 @@ def run_training(config, device):
             f", resumed at {start:,}" * (start > 0))
     try:
         for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
-            last = step == max_steps
+            last, stop = step == max_steps, guard.stop_requested
 
             # once in a while: the guard's only host read, validation on all ranks, a look at some samples, a checkpoint
-            if last or guard.stop_requested or every(step, 1000, config.log_every, config.eval_every, config.save_every,
-                                                     config.sample_every):
+            if last or stop or every(step, 1000, config.log_every, config.eval_every, config.save_every,
+                                     config.sample_every):
                 stats = guard.poll()
+                stop = guard.stop_requested         # read once: a signal may come at any line
                 if stats["steps"]:
                     epoch, lr = int((step - 1) / steps_per_epoch), lr_at(step - 1, max_steps, config)
                     run.progress(step, max_steps, stats, lr, global_batch, "molecules")
@@ -580,10 +580,10 @@ def run_training(config, device):
                 if every(step, config.sample_every) and run.main:
                     write_csv(folder / f"samples/step-{step:08d}.csv", generate(raw_model.eval(), 64, seed=config.seed))
                     raw_model.train()
-                if last or guard.stop_requested or every(step, config.save_every):
+                if last or stop or every(step, config.save_every):
                     save(step)
                 run.resume_clock()
-            if last or guard.stop_requested:
+            if last or stop:
                 break
             if step in skip_steps:                  # alike on all ranks
                 continue
@@ -601,7 +601,8 @@ def run_training(config, device):
                 guard.backward(loss, parts)
             guard.step(step)
     except NonFinite as error:
-        save(error.step)                            # a non-finite state gets a name that no resume picks up
+        if error.intact:
+            save(error.step)
         raise
     if not last:
         run.log(f"stopped by a signal; go on with: python train_edl.py --resume --run_name {config.run_name}")

@@ -236,3 +236,10 @@ def test_a_wrong_folder_is_one_line_and_exit_2(tmp_path, capsys, folder):
     output = capsys.readouterr()
     assert (stop.value.code, output.out, output.err.count("\n")) == (2, "", 1)
     assert "give the folder of an event" in output.err
+
+
+def test_a_norm_that_overflows_though_every_gradient_is_finite():
+    model, batch = make_net(), make_batch()
+    name, parameter = list(model.named_parameters())[2]
+    report, found = dissect(model, lambda: compute_loss(model, batch)[0] + parameter.sum() * 1e25, batch, "of a test")
+    assert found and f"norm overflows: {name} has max|.|=1e+25" in report, report

@@ -806,7 +806,7 @@ MUTANTS_OF_TWO = {
     "all ranks get the same rows": ("[rank(), micro]", "[0, micro]", other("split", accum=1)),
     "gradients are reduced for each micro-batch":
         ("self.model.require_backward_grad_sync = now", "pass", other("deferral")),
-    "buffers are broadcast": ("_buffers=False", "_buffers=True", other("deferral")),
+    "buffers are broadcast": ("{buffers: False}", "{buffers: True}", other("deferral")),
     "ranks may drift apart": ("if (norms != norms[0]).any():", "if False:", other("ranks_that_drift_apart")),
     "a signal stays on its rank": ("bool(table[:, -1].any())", "bool(table[rank(), -1])", other("signal_reaches_all")),
     "a signal stops its rank alone":

@@ -1,5 +1,5 @@
-"""train_edl.py as a whole: runs in real processes that are killed, stopped, restarted and fed with faults, the files they
-leave, the verbs sample and eval, and what is refused. All on the 500 molecules of a dry run, on one or two processes.
+"""train_edl.py as a whole: runs in real processes that are killed, stopped, restarted and fed with faults; the files
+they leave, the verbs sample and eval, and what is refused. All on the 500 molecules of a dry run, one or two processes.
 """
 import json
 import math
@@ -11,14 +11,14 @@ from collections import Counter
 
 import pytest
 import torch
-from edl_tools import (ROOT, arm, assert_same_bits, build_demo, flags_of, last_checkpoint, metrics_of, small_model, start,
-                       start_pair, train_here, training, wait, write_data)
+from edl_tools import (ROOT, arm, assert_same_bits, build_demo, flags_of, last_checkpoint, metrics_of, small_model,
+                       start, start_pair, train_here, training, wait, write_data)
 from PIL import Image
 
 import train_edl
 from runs import checkpoints, load_tensors, read_file
 
-SCRIPTS = ["train_edl.py", "common.py", "runs.py", "autopsy.py", "data/molecules/prepare.py", "data/molecules/metrics.py"]
+SCRIPTS = ["train_edl.py", "common.py", "runs.py", "autopsy.py", *(f"data/molecules/{x}.py" for x in ("prepare", "metrics"))]
 RUN = dict(max_steps=20, dropout=0.2, save_every=5, eval_every=10, log_every=5, keep=0)     # what is interrupted below
 
 
@@ -77,15 +77,15 @@ def test_a_dry_run_leaves_everything(dry):
     home, end = dry[0]
     folder = home / "out/first"
     assert end.code == 0 and "error" not in end.err and "Traceback" not in end.err
-    assert "--demo --limit 500" in end.out and (home / "data/molecules/demo500/meta.json").exists()
+    assert (home / "data/molecules/demo500/meta.json").exists()         # no data were there
     assert (folder / "train.pid").read_text().strip().isdigit()
     with Image.open(folder / "curves.png") as picture:
         picture.load()
     assert [path.name for path in checkpoints(folder)] == ["step-00000010.safetensors", "step-00000020.safetensors"]
     assert finite(read_file(checkpoints(folder)[-1])[0]) and finite(read_file(folder / "best.safetensors")[0])
     rows = (folder / "samples/final.csv").read_text().splitlines()
-    assert rows[0] == ("smiles,valid,tokens,finished,nll,vacuity,total,aleatoric,epistemic,max_vacuity,max_epistemic"
-                       ) and len(rows) == 33
+    assert rows[0].split(",") == ["smiles", "valid", "tokens", "finished", "nll", *train_edl.UNCERTAINTY, "max_vacuity",
+                                  "max_epistemic"] and len(rows) == 33
     assert any(",True," in row for row in rows) == (folder / "samples/final.png").exists()
 
 
@@ -95,9 +95,9 @@ def test_the_log_has_the_guides_three_lines(dry):
     assert steps == [("1", "5"), ("1", "10"), ("1", "15"), ("1", "20")]
     assert len(re.findall(r"^test loss: \d+\.\d{4}$", log, re.M)) == 2
     assert re.findall(r"^Saving at epoch (\d+)$", log, re.M) == ["1", "1"]
-    said = dry[0][1].out.splitlines()
-    assert "28,576 parameters" in log and "train loss" not in dry[0][1].out
-    assert any(re.match(r"step 20/20 100.0% \| loss \d.*grad norm.*\| lr .*\| skipped 0 \| .* molecules/s", line) for line in said)
+    said = dry[0][1].out
+    assert re.search(r"^first: \d\d,\d{3} parameters", log) and "train loss" not in said
+    assert re.search(r"^step 20/20 100.0% \| loss \d.*grad norm.*\| lr .*\| skipped 0 \| .* molecules/s", said, re.M)
 
 
 def test_measurements_are_strict_json(dry):
@@ -137,8 +137,8 @@ def test_the_best_model_loads_in_three_lines(dry):
     from train_edl import generate, load_model
     model = load_model(folder / "best.safetensors")
     made = generate(model, 10)
-    assert len(made) == 10 and not model.training and model.vocab[:2] == train_edl.SPECIALS and model.block == 51
-    assert model.about["config"]["n_embd"] == 32
+    assert len(made) == 10 and not model.training
+    assert model.vocab[:2] == train_edl.SPECIALS and model.about["config"]["n_embd"] == 32
 
 
 def test_a_runs_config_repeats_the_run(dry, data, tmp_path):
@@ -167,11 +167,9 @@ def verbs(dry, data, tmp_path_factory):
     """A sample and an eval of the dry run, as processes."""
     home, work = dry[0][0], tmp_path_factory.mktemp("verbs")
     shutil.copytree(home / "out", work / "out")
-    return work, wait(
-        start(home / "train_edl.py", "sample", "--device", "cpu", "--run_name", "first", "--num_samples", 33, "--prompt", "CC",
-              "--out", "some.csv", cwd=work),
-        start(home / "train_edl.py", "eval", "--device", "cpu", "--run_name", "first", "--num_samples", 20, "--seed", 5,
-              "--temperature", 0.8, cwd=work))
+    return work, wait(*[start(home / "train_edl.py", *words.split(), "--run_name", "first", "--device", "cpu", cwd=work)
+                        for words in ("sample --num_samples 33 --prompt CC --out some.csv",
+                                      "eval --num_samples 20 --seed 5 --temperature 0.8")])
 
 
 def test_sample(verbs, capsys):
@@ -179,11 +177,10 @@ def test_sample(verbs, capsys):
     assert (end.code, end.err) == (0, "") and re.match(r"some.csv: n 33, valid \d.*temperature 1", end.out)
     rows = (work / "some.csv").read_text().splitlines()[1:]
     assert len(rows) == 33 and all(row.startswith("CC") for row in rows)
-    train_edl.main(["sample", "--device", "cpu", "--run_name", "first", "--out_dir", str(work / "out"), "--num_samples", "33",
-                    "--prompt", "CC", "--out", str(work / "again.csv")])
-    assert (work / "again.csv").read_text() == (work / "some.csv").read_text()
-    train_edl.main(["sample", "--device", "cpu", "--run_name", "first", "--out_dir", str(work / "out"), "--num_samples", "7",
-                    "--seed", "3", "--top_k", "4", "--batch_size", "3", "--out", str(work / "other.csv")])
+    command = f"sample --device cpu --run_name first --out_dir {work}/out --out {work}/other.csv "
+    train_edl.main((command + "--num_samples 33 --prompt CC").split())
+    assert (work / "other.csv").read_text() == (work / "some.csv").read_text()
+    train_edl.main((command + "--num_samples 7 --seed 3 --top_k 4 --batch_size 3").split())
     assert len((work / "other.csv").read_text().splitlines()) == 8
 
 
@@ -199,13 +196,13 @@ def test_eval(verbs, dry):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--prompt", "CCI"], "'I'"), (["--prompt", "C!"], "character 2 ('!')"), (["--num_samples", "0"], "--num_samples"),
-    (["--prompt", "C" * 51], "--prompt has 51 tokens"), (["--temperature", "0"], "--temperature"), (["--top_k", "-1"], "--top_k"),
-    (["--run_name", "nobody"], "nobody: no such trained run; there is first"), (["--temperature", "nan"], "--temperature"),
-    (["--numsamples", "3"], "did you mean --num_samples?"), (["--batch_size", "0"], "--batch_size")])
+    ("--prompt CCI", "'I'"), ("--prompt C!", "character 2 ('!')"), ("--num_samples 0", "--num_samples"),
+    (f"--prompt {'C' * 300}", "--prompt has 300 tokens"), ("--temperature 0", "--temperature"), ("--top_k -1", "--top_k"),
+    ("--run_name nobody", "there is first"), ("--temperature nan", "--temperature"), ("--batch_size 0", "--batch_size"),
+    ("--numsamples 3", "did you mean --num_samples?"), ("--seed -1", "--seed"), ("--device abacus", "--device abacus")])
 def test_samples_that_cannot_be_drawn(dry, refused, tmp_path, words, said):
     assert said in refused("sample", "--run_name", "first", "--out_dir", dry[0][0] / "out", "--device", "cpu", "--out",
-                           tmp_path / "none.csv", *words)
+                           tmp_path / "none.csv", *words.split())
     assert not (tmp_path / "none.csv").exists()
 
 
@@ -225,7 +222,7 @@ def test_other_data_are_no_data_for_a_model(dry, refused, tmp_path):
     words = ["eval", "--run_name", "first", "--out_dir", dry[0][0] / "out", "--device", "cpu", "--data_dir"]
     assert "vocabulary" in refused(*words, write_data(tmp_path / "other", ["CCI"], ["P"]))
     vocab = train_edl.load_model(dry[0][0] / "out/first/best.safetensors").vocab
-    assert "longest row" in refused(*words, write_data(tmp_path / "long", ["C" * 80], ["C"], vocab=vocab))
+    assert "longest row" in refused(*words, write_data(tmp_path / "long", ["C" * 300], ["C"], vocab=vocab))
     assert "nowhere" in refused(*words, tmp_path / "nowhere")
 
 
@@ -238,7 +235,8 @@ def straight(data, tmp_path_factory):
     return folder
 
 
-FAULTS = {"kill:13:0": (-9, [5, 10]), "kill-in-save:10:0": (-9, [5]), "term:7:0": (0, [5, 8]), "int:12:0": (0, [5, 10, 13])}
+FAULTS = {"kill:13:0": (-9, [5, 10]), "kill-in-save:10:0": (-9, [5]),       # exit code, steps of the checkpoints
+          "term:7:0": (0, [5, 8]), "int:12:0": (0, [5, 10, 13])}
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +244,8 @@ def interrupted(data, tmp_path_factory):
     """FAULT -> (folder, how it ended), of 20 steps each that a signal cuts short; two processes at a time."""
     folders, ends = {fault: tmp_path_factory.mktemp("cut") / "run" for fault in FAULTS}, []
     for pair in list(FAULTS)[:2], list(FAULTS)[2:]:
-        ends += wait(*[start(*training(fault, folders[fault], data_dir=data, **RUN), cwd=folders[fault].parent) for fault in pair])
+        commands = [training(fault, folders[fault], data_dir=data, **RUN) for fault in pair]
+        ends += wait(*[start(*command, cwd=folders[fault].parent) for command, fault in zip(commands, pair)])
     return {fault: (folders[fault], end) for fault, end in zip(FAULTS, ends)}
 
 
@@ -256,7 +255,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(interrupted, straight, data
     code, steps = FAULTS[fault]
     shutil.copytree(kept, tmp_path / "run")
     folder = tmp_path / "run"
-    assert end.code == code and [int(path.stem[5:]) for path in checkpoints(folder)] == steps, end.err
+    assert (end.code, [int(path.stem[5:]) for path in checkpoints(folder)]) == (code, steps), end.err
     assert bool(list(folder.glob("*.tmp.*"))) == (fault == "kill-in-save:10:0")
     assert (f"--resume --run_name {folder.name}" in end.out) == (code == 0) and "Traceback" not in end.err
     command = ["--resume", "--run_name", "run", "--out_dir", tmp_path, "--device", "cpu"]
@@ -330,12 +329,14 @@ def at_step(folder, step):
 
 
 def test_torchrun_starts_a_killed_worker_again(data, straight_pair, tmp_path):
-    """kill -9 of one worker in the middle of a step: torchrun ends the other, starts both again, and --resume goes on."""
+    """kill -9 of one worker in the middle of a step: torchrun ends the other, starts both again, --resume goes on.
+
+    The variable keeps the new workers from reading the addresses of the dead ones (pytorch issue 135712)."""
     command = training("kill:13:1", tmp_path / "run", data_dir=data, resume=True, **RUN)
     end, = wait(start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", *command,
-                      cwd=tmp_path))
+                      cwd=tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
     assert end.code == 0, end.err
-    assert "resumed at 10" in end.out and len(re.findall(r"^step 10 validation", end.out, re.M)) == 1
+    assert "resumed at 10" in end.out and "SIGKILL" in end.err or "exitcode: -9" in end.err
     assert_same_bits(last_checkpoint(tmp_path / "run")[1], at_step(straight_pair, 20))
     assert max(Counter((row["step"], row["split"]) for row in metrics_of(tmp_path / "run")).values()) == 1
 
@@ -351,23 +352,21 @@ def test_a_signal_to_one_of_two_stops_both(data, straight_pair, tmp_path):
 
 def test_one_process_two_processes_and_micro_batches_take_the_same_steps(data, tmp_path):
     """1 x 32, 2 x 16 and 1 x 8 x 4 without dropout. Weights move by about 0.01; they differ by rounding alone."""
-    fields = dict(data_dir=str(data), max_steps=6, warmup_steps=1)
-    ends = wait(*start_pair("", tmp_path / "two", batch_size=16, **fields))
+    fields = dict(max_steps=6, warmup_steps=1, save_every=1, keep=0)
+    ends = wait(*start_pair("", tmp_path / "two", data_dir=data, batch_size=16, **fields))
     assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     train_here(data, tmp_path / "one", batch_size=32, **fields)
     train_here(data, tmp_path / "micro", batch_size=8, grad_accum=4, **fields)
-    (_, one, _), *others = [last_checkpoint(tmp_path / name) for name in ("one", "two", "micro")]
-    model = small_model(*(train_edl.load_model(tmp_path / "one/best.safetensors").about[key] for key in ("vocab", "block")), scale=1)
-    moved = [(one[f"model.{name}"] - parameter).abs().max() for name, parameter in model.named_parameters()]
-    assert max(moved) > 5e-3
-    for _, other, _ in others:
+    before = at_step(tmp_path / "one", 1)
+    one, two, micro = (at_step(tmp_path / name, 6) for name in ("one", "two", "micro"))
+    assert max((one[name] - before[name]).abs().max() for name in one if name.startswith("model.")) > 5e-3
+    for other in (two, micro):
         for name, tensor in one.items():
             if name.startswith("model."):                               # a key's bias has no gradient but rounding
                 assert (other[name] - tensor).abs().max() < (1e-3 if name.endswith("qkv.bias") else 1e-5), name
-    one, two, micro = (json.loads((tmp_path / name / "eval.json").read_text())["table"] for name in ("one", "two", "micro"))
-    for name in ("val NLL", "test NLL"):
-        assert [two["MolGPT"][name], micro["MolGPT"][name]] == pytest.approx([one["MolGPT"][name]] * 2, rel=1e-5)
-        assert two["6-gram"][name] == one["6-gram"][name]
+    one, two, micro = ({name: row.get("val NLL") for name, row in json.loads(
+        (tmp_path / run / "eval.json").read_text())["table"].items()} for run in ("one", "two", "micro"))
+    assert one == pytest.approx(two, rel=1e-5) and one == pytest.approx(micro, rel=1e-5)    # all ranks evaluate
 
 
 def test_a_bad_batch_on_one_rank_is_skipped_by_both(data, tmp_path):
@@ -379,12 +378,13 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_both(data, tmp_path):
     assert [row["loss"] is None for row in rows] == [False, False, False, True, False, False]
     assert re.search(r"step 3: NaN detected BEFORE backward: loss of rank\(s\) \[1\] is nan", ends[0].out)
     assert [path.name for path in (tmp_path / "run/autopsy").iterdir()] == ["step-00000003-rank1"]
-    assert finite(last_checkpoint(tmp_path / "run")[1]) and last_checkpoint(tmp_path / "run")[1]["opt.token.weight.step"] == 5
+    _, tensors, _ = last_checkpoint(tmp_path / "run")
+    assert finite(tensors) and tensors["opt.token.weight.step"] == 5
 
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
-    """--on_nonfinite stop with two faults: an empty batch on rank 1 of two, and a NaN in a weight of a single process."""
+    """--on_nonfinite stop with two faults: an empty batch on rank 1 of two, a NaN in a weight of a single process."""
     pair, single = [tmp_path_factory.mktemp(name) / "run" for name in ("pair", "single")]
     fields = RUN | dict(data_dir=data, on_nonfinite="stop")
     ends = wait(*start_pair("no-targets:7:1", pair, **fields))
@@ -406,22 +406,21 @@ def test_a_run_that_must_stop_ends_all_processes_with_code_3(stopped):
 def test_the_autopsy_names_the_cause_and_can_be_replayed(stopped):
     *_, events, replays = stopped
     reports = [(event / "report.txt").read_text() for event in events]
-    assert re.search(r"Inf BORN in forward: div", reports[0]) and "in mean" in reports[0] or "edl_loss" in reports[0]
-    assert "at entry: parameter token.weight already holds NaN" in reports[1] and "NaN CAME IN with: parameter token" in reports[1]
+    assert "Inf BORN in forward: div" in reports[0] and "at train_edl.py:" in reports[0]
+    assert "parameter token.weight already holds NaN" in reports[1] and "NaN CAME IN with: parameter token" in reports[1]
     for report, replay in zip(reports, replays):
         assert replay.code == 0, replay.err
-        wanted, found = report.splitlines()[:-1], replay.out.splitlines()       # the last line is about the live run
-        assert [line for line in wanted if " BORN " in line or "CAME IN" in line or "path to" in line] == [
-            line for line in found if " BORN " in line or "CAME IN" in line or "path to" in line] and len(found) > 2
-        assert "did NOT reproduce" not in replay.out
+        said, again = ([line for line in text.splitlines() if re.search("BORN|CAME IN|replayed|path to", line)]
+                       for text in (report, replay.out))
+        assert said == again and len(said) >= 3 and "did NOT reproduce" not in replay.out
 
 
 def test_nothing_finite_is_lost_and_nothing_else_is_kept(stopped, straight_pair, straight, data, tmp_path):
     pair, single, *_ = stopped
-    step, tensors, body = last_checkpoint(pair)                         # a batch was bad: the weights before it are the last
+    step, tensors, body = last_checkpoint(pair)                         # a bad batch: the weights from before it are kept
     assert step == 7 and body["guard"]["skips"]["output or loss"] == 1
     assert_same_bits(tensors, at_step(straight_pair, 7))
-    assert last_checkpoint(single)[0] == 5                              # a weight was bad: what was saved before is the last
+    assert last_checkpoint(single)[0] == 5                              # a bad weight: what was saved before it is kept
     assert [path.name for path in single.glob("*.nonfinite")] == ["step-00000007.safetensors.nonfinite"]
     assert all(finite(read_file(path)[0]) for path in [*checkpoints(single), *checkpoints(pair)])
     shutil.copytree(single, tmp_path / "run")
@@ -450,8 +449,8 @@ def test_steps_can_be_passed_over_on_purpose(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("use_edl", [True, False])
 def test_low_precision(data, tmp_path, dtype, use_edl):
-    answer = train_here(data, tmp_path / "run", max_steps=25, batch_size=16, dtype=dtype, use_edl=use_edl, edl_kl_weight=0.01,
-                        eval_every=5, log_every=1)
+    answer = train_here(data, tmp_path / "run", max_steps=25, batch_size=16, dtype=dtype, use_edl=use_edl,
+                        edl_kl_weight=0.01, eval_every=5, log_every=1)
     _, tensors, _ = last_checkpoint(tmp_path / "run")
     assert finite(tensors) and all(tensor.dtype == torch.float32 for tensor in tensors.values())
     nll = [row["nll"] for row in metrics_of(tmp_path / "run") if row["split"] == "val"]
@@ -460,7 +459,8 @@ def test_low_precision(data, tmp_path, dtype, use_edl):
     assert skips["output or loss"] == skips["gradient"] == 0
 
 
-@pytest.mark.parametrize("fields", [dict(edl_loss_type="mse", edl_evidence="softplus", edl_kl_weight=1.0), dict(use_edl=False)])
+@pytest.mark.parametrize("fields", [dict(edl_loss_type="mse", edl_evidence="softplus", edl_kl_weight=1.0),
+                                    dict(use_edl=False)], ids=["original", "plain"])
 def test_the_original_recipe_and_the_plain_model(data, tmp_path, fields):
     train_here(data, tmp_path / "run", max_steps=4, log_every=2, sample_every=2, **fields)
     rows = metrics_of(tmp_path / "run")
@@ -486,7 +486,8 @@ def test_a_run_without_a_name_gets_one_by_the_time(data, tmp_path):
 def test_a_set_without_test_rows_and_with_few_others(tmp_path):
     data = write_data(tmp_path / "set", ["C", "CC", "CCO"], ["CN"])
     answer = train_here(data, tmp_path / "run", max_steps=3)
-    assert list(answer["table"]) == ["MolGPT", "6-gram", "unigram", "val rows"] and "test NLL" not in answer["table"]["MolGPT"]
+    assert list(answer["table"]) == ["MolGPT", "6-gram", "unigram", "val rows"]
+    assert "val NLL" in answer["table"]["MolGPT"] and "test NLL" not in answer["table"]["MolGPT"]
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -501,7 +502,8 @@ def test_an_existing_run_is_not_overwritten(straight, data):
 
 def test_a_resume_keeps_the_model_and_the_data(straight, refused, tmp_path):
     words = ["--resume", "--run_name", straight.name, "--out_dir", straight.parent, "--device", "cpu"]
-    for flag, value in {"n_layer": 3, "n_embd": 64, "n_head": 4, "edl_evidence": "softplus", "data_dir": tmp_path}.items():
+    others = {"n_layer": 3, "n_embd": 64, "n_head": 4, "edl_evidence": "softplus", "data_dir": tmp_path}
+    for flag, value in others.items():
         assert f"--{flag} is " in refused(*words, f"--{flag}", value)
     assert "--use_edl is True" in refused(*words, "--no_edl")
     assert "beyond --max_steps 7" in refused(*words, "--max_steps", 7)
@@ -512,25 +514,24 @@ def test_a_resume_needs_a_name(straight, refused):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--learning_rat", "1"], "did you mean --learning_rate?"), (["--batch-siz", "3"], "did you mean --batch-size?"),
-    (["--data_dir", "no/where"], "--data_dir no/where is no prepared data"), (["--batch_size", "many"], "--batch_size"),
-    (["--skip_steps", "3-x"], "--skip_steps 3-x"), (["--dtype", "float8"], "--dtype float8"), (["--device", "abacus"], "--device abacus"),
-    (["--dropout", "inf"], "--dropout"), (["--config", "no.json"], "--config no.json"), (["gpt"], "unknown flag gpt"),
-    (["--seed", "-1"], "--seed"), (["--dropout", "1.5"], "--dropout"), (["--max_steps", "-3"], "--max_steps")])
+    ("--learning_rat 1", "did you mean --learning_rate?"), ("--batch-siz 3", "did you mean --batch-size?"),
+    ("--data_dir no/where", "--data_dir no/where"), ("--batch_size many", "--batch_size"), ("gpt", "unknown flag gpt"),
+    ("--skip_steps 3-x", "--skip_steps 3-x"), ("--dtype float8", "--dtype float8"), ("--dropout inf", "--dropout"),
+    ("--device abacus", "--device abacus"), ("--config no.json", "--config no.json"), ("--max_steps -3", "--max_steps")])
 def test_bad_flags_are_refused(data, refused, tmp_path, words, said):
     valid = ["--device", "cpu", "--dry_run", "--max_steps", 1, "--data_dir", data, "--out_dir", tmp_path / "out"]
-    assert said in refused(*valid, *words)
+    assert said in refused(*valid, *words.split())
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change", ["other tokens", "more tokens", "longer rows"])
 def test_data_that_changed_under_a_run_are_refused(refused, tmp_path, change):
-    """The same --data_dir, made anew with another vocabulary or other lengths: nothing that a checkpoint could go on with."""
+    """The same --data_dir, made anew with another vocabulary or other lengths: no checkpoint could go on with that."""
     data = write_data(tmp_path / "set", ["CCO", "CCN"], ["CO"])
     train_here(data, tmp_path / "run", max_steps=2, save_every=1)
     other = {"other tokens": ["CCO", "CCF"], "more tokens": ["CCO", "CCNF"], "longer rows": ["CCO", "CCNO"]}[change]
     write_data(tmp_path / "set", other, ["CO"])
-    assert "--data_dir" in refused("--resume", "--run_name", "run", "--out_dir", tmp_path, "--device", "cpu", "--max_steps", 4)
+    assert "--data_dir" in refused("--resume", "--run_name", "run", "--out_dir", tmp_path, "--max_steps", 4)
 
 
 def test_a_model_of_another_shape_is_named(dry):
