@@ -68,8 +68,8 @@ def wrap_ddp(model, device):
     """The model under DDP, or itself when alone. Buffers are not broadcast: they follow accepted steps on all ranks."""
     if world_size() == 1:
         return model
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"   # renamed in torch 2.13
+    known = inspect.signature(DistributedDataParallel.__init__).parameters         # torch 2.13 renamed one
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **{buffers: False})
 

@@ -384,11 +384,11 @@ def evaluate(model, data, config, split="val", max_rows=0):
             logits = model(batch["tokens"])[batch["mask"]].float()      # (N, K)
         targets = batch["targets"][batch["mask"]]
         log_e = log_evidence(logits, model.evidence)
-        scores = [F.cross_entropy(log_e, targets, reduction="sum")]
+        nll = loss = F.cross_entropy(log_e, targets, reduction="sum")
         if config.use_edl:
-            scores += [edl_loss(logits, targets, config.edl_loss_type, config.edl_evidence, None, count=1)[0]]
-            scores += [score.sum() for score in uncertainty(1 + log_e.exp()).values()]
-        sums.append(torch.stack((scores * 2)[:len(names)]))            # the plain model's loss is its nll
+            loss, _ = edl_loss(logits, targets, config.edl_loss_type, config.edl_evidence, None, count=1)
+        now = uncertainty(1 + log_e.exp()) if config.use_edl else {}
+        sums.append(torch.stack([nll, loss, *(score.sum() for score in now.values())]))
     model.train(was_training)
     total = torch.stack(sums).cpu().double().sum(0)
     if world_size() > 1:
@@ -510,8 +510,7 @@ def run_training(config, device):
     global_batch = config.batch_size * config.grad_accum * world_size()
     steps_per_epoch = len(data.rows["train"]) / global_batch
     max_steps = config.max_steps or math.ceil(config.max_epochs * steps_per_epoch)
-    skip_steps = steps_in(config.skip_steps)
-    dtype, reason = pick_dtype(config.dtype, device)
+    skip_steps, (dtype, reason) = steps_in(config.skip_steps), pick_dtype(config.dtype, device)
 
     start, best, saved, folder = 0, math.inf, None, Path(config.out_dir) / config.run_name
     if config.resume:
@@ -547,17 +546,17 @@ def run_training(config, device):
             body = {"about": raw_model.about, "config": vars(config), "best": best, "guard": guard.state_dict()}
             run.log(f"saved {save_checkpoint(folder, step, raw_model, optimizer, body, config.keep)}")
 
-    run.log(f"{config.run_name}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {str(dtype)[6:]} "
-            f"({reason}), {len(data.rows['train']):,} molecules, batch {config.batch_size} x {world_size()} "
-            f"{device.type} x {config.grad_accum} = {global_batch}, {max_steps:,} steps" +
-            f", resumed at {start:,}" * (start > 0))
+    size, rows = sum(p.numel() for p in raw_model.parameters()), len(data.rows["train"])
+    run.log(f"{config.run_name}: {size:,} parameters, {str(dtype)[6:]} ({reason}), {rows:,} molecules, batch "
+            f"{config.batch_size} x {world_size()} {device.type} x {config.grad_accum} = {global_batch}, {max_steps:,} "
+            f"steps" + f", resumed at {start:,}" * (start > 0))
     try:
         for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
             last, stop = step == max_steps, guard.stop_requested
 
             # once in a while: the guard's only host read, validation on all ranks, a look at some samples, a checkpoint
-            if last or stop or every(step, 1000, config.log_every, config.eval_every, config.save_every,
-                                     config.sample_every):
+            intervals = config.log_every, config.eval_every, config.save_every, config.sample_every
+            if last or stop or every(step, 1000, *intervals):
                 stats = guard.poll()
                 stop = guard.stop_requested         # read once: a signal may come at any line
                 if stats["steps"]:
@@ -693,7 +692,7 @@ def main_eval(argv):
 
 
 def steps_in(text):
-    """'17,40-45' -> {17, 40, ..., 45}"""
+    """'17,40-45' -> {17, 40, 41, 42, 43, 44, 45}"""
     try:
         ranges = [part.partition("-") for part in text.split(",") if part]
         return {step for first, _, last in ranges for step in range(int(first), int(last or first) + 1)}
