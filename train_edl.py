@@ -101,8 +101,8 @@ class Config:
     num_gpus: int = 0  # refuse to start with another number of processes; 0: any
 
 
-CPU = dict(batch_size=64, max_epochs=6, learning_rate=2e-3, warmup_steps=100, n_layer=4, n_head=4, n_embd=128,
-           dropout=0.0, eval_every=250, save_every=250, log_every=50, eval_rows=1000)   # where no flag says otherwise
+CPU = dict(batch_size=16, max_epochs=8, learning_rate=2e-3, min_lr=0.02, warmup_steps=200, n_layer=4, n_head=4,
+           n_embd=128, dropout=0.0, eval_every=1000, save_every=1000, log_every=200, eval_rows=1000)
 DRY = dict(batch_size=16, max_steps=20, warmup_steps=5, n_layer=2, n_head=2, n_embd=32, eval_every=10, save_every=10,
            log_every=5)
 ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/molecules/{}",

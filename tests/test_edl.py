@@ -676,7 +676,7 @@ def test_learning_rate():
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[110] == pytest.approx(1e-4)
     assert lr_at(500, 110, config) == pytest.approx(1e-4)
     assert lr_at(0, 10, Config(warmup_steps=0, learning_rate=1e-3)) == pytest.approx(1e-3)
-    assert lr_at(3, 5, Config(warmup_steps=300, learning_rate=3e-3)) == pytest.approx(4e-5)     # a run within the warm-up
+    assert lr_at(3, 5, Config(warmup_steps=300, learning_rate=3e-3)) == pytest.approx(4e-5)     # ends in the warm-up
 
 
 def test_steps_in_words():

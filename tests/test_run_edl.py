@@ -18,7 +18,8 @@ from PIL import Image
 import train_edl
 from runs import checkpoints, load_tensors, read_file
 
-SCRIPTS = ["train_edl.py", "common.py", "runs.py", "autopsy.py", *(f"data/molecules/{x}.py" for x in ("prepare", "metrics"))]
+SCRIPTS = ["train_edl.py", "common.py", "runs.py", "autopsy.py", "data/molecules/prepare.py",
+           "data/molecules/metrics.py"]
 RUN = dict(max_steps=20, dropout=0.2, save_every=5, eval_every=10, log_every=5, keep=0)     # what is interrupted below
 
 
@@ -86,7 +87,7 @@ def test_a_dry_run_leaves_everything(dry):
     rows = (folder / "samples/final.csv").read_text().splitlines()
     assert rows[0].split(",") == ["smiles", "valid", "tokens", "finished", "nll", *train_edl.UNCERTAINTY, "max_vacuity",
                                   "max_epistemic"] and len(rows) == 33
-    assert any(",True," in row for row in rows) == (folder / "samples/final.png").exists()
+    assert any(row.split(",")[1] == "True" for row in rows) == (folder / "samples/final.png").exists()
 
 
 def test_the_log_has_the_guides_three_lines(dry):
@@ -197,7 +198,7 @@ def test_eval(verbs, dry):
 
 @pytest.mark.parametrize("words, said", [
     ("--prompt CCI", "'I'"), ("--prompt C!", "character 2 ('!')"), ("--num_samples 0", "--num_samples"),
-    (f"--prompt {'C' * 300}", "--prompt has 300 tokens"), ("--temperature 0", "--temperature"), ("--top_k -1", "--top_k"),
+    ("--prompt " + "C" * 300, "--prompt has 300 tokens"), ("--temperature 0", "--temperature"), ("--top_k -1", "top_k"),
     ("--run_name nobody", "there is first"), ("--temperature nan", "--temperature"), ("--batch_size 0", "--batch_size"),
     ("--numsamples 3", "did you mean --num_samples?"), ("--seed -1", "--seed"), ("--device abacus", "--device abacus")])
 def test_samples_that_cannot_be_drawn(dry, refused, tmp_path, words, said):
@@ -336,7 +337,7 @@ def test_torchrun_starts_a_killed_worker_again(data, straight_pair, tmp_path):
     end, = wait(start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", *command,
                       cwd=tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
     assert end.code == 0, end.err
-    assert "resumed at 10" in end.out and "SIGKILL" in end.err or "exitcode: -9" in end.err
+    assert "resumed at 10" in end.out and "exitcode: -9" in end.err
     assert_same_bits(last_checkpoint(tmp_path / "run")[1], at_step(straight_pair, 20))
     assert max(Counter((row["step"], row["split"]) for row in metrics_of(tmp_path / "run")).values()) == 1
 
@@ -364,8 +365,8 @@ def test_one_process_two_processes_and_micro_batches_take_the_same_steps(data, t
         for name, tensor in one.items():
             if name.startswith("model."):                               # a key's bias has no gradient but rounding
                 assert (other[name] - tensor).abs().max() < (1e-3 if name.endswith("qkv.bias") else 1e-5), name
-    one, two, micro = ({name: row.get("val NLL") for name, row in json.loads(
-        (tmp_path / run / "eval.json").read_text())["table"].items()} for run in ("one", "two", "micro"))
+    one, two, micro = (json.loads((tmp_path / name / "eval.json").read_text())["table"]["MolGPT"]["val NLL"]
+                       for name in ("one", "two", "micro"))
     assert one == pytest.approx(two, rel=1e-5) and one == pytest.approx(micro, rel=1e-5)    # all ranks evaluate
 
 
@@ -407,7 +408,8 @@ def test_the_autopsy_names_the_cause_and_can_be_replayed(stopped):
     *_, events, replays = stopped
     reports = [(event / "report.txt").read_text() for event in events]
     assert "Inf BORN in forward: div" in reports[0] and "at train_edl.py:" in reports[0]
-    assert "parameter token.weight already holds NaN" in reports[1] and "NaN CAME IN with: parameter token" in reports[1]
+    for text in ("parameter token.weight already holds NaN", "NaN CAME IN with: parameter token.weight"):
+        assert text in reports[1]
     for report, replay in zip(reports, replays):
         assert replay.code == 0, replay.err
         said, again = ([line for line in text.splitlines() if re.search("BORN|CAME IN|replayed|path to", line)]
@@ -417,7 +419,7 @@ def test_the_autopsy_names_the_cause_and_can_be_replayed(stopped):
 
 def test_nothing_finite_is_lost_and_nothing_else_is_kept(stopped, straight_pair, straight, data, tmp_path):
     pair, single, *_ = stopped
-    step, tensors, body = last_checkpoint(pair)                         # a bad batch: the weights from before it are kept
+    step, tensors, body = last_checkpoint(pair)                         # a bad batch: the weights before it are kept
     assert step == 7 and body["guard"]["skips"]["output or loss"] == 1
     assert_same_bits(tensors, at_step(straight_pair, 7))
     assert last_checkpoint(single)[0] == 5                              # a bad weight: what was saved before it is kept
@@ -517,7 +519,8 @@ def test_a_resume_needs_a_name(straight, refused):
     ("--learning_rat 1", "did you mean --learning_rate?"), ("--batch-siz 3", "did you mean --batch-size?"),
     ("--data_dir no/where", "--data_dir no/where"), ("--batch_size many", "--batch_size"), ("gpt", "unknown flag gpt"),
     ("--skip_steps 3-x", "--skip_steps 3-x"), ("--dtype float8", "--dtype float8"), ("--dropout inf", "--dropout"),
-    ("--device abacus", "--device abacus"), ("--config no.json", "--config no.json"), ("--max_steps -3", "--max_steps")])
+    ("--device abacus", "--device abacus"), ("--config no.json", "--config no.json"), ("--max_steps -3", "--max_steps"),
+    ("--seed -1", "--seed -1")])
 def test_bad_flags_are_refused(data, refused, tmp_path, words, said):
     valid = ["--device", "cpu", "--dry_run", "--max_steps", 1, "--data_dir", data, "--out_dir", tmp_path / "out"]
     assert said in refused(*valid, *words.split())
