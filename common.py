@@ -256,17 +256,17 @@ class Guard:
             self.ring.zero_()
         self.told_to_stop = bool(table[:, -1].any())
         self.after = steps[-1] + 1 if steps else self.after
-        good = [k for k in range(len(steps)) if self._account(steps[k], ring[:, k])]
-        if not np.isfinite(norms).all():
-            raise NonFinite(f"weights are ALREADY non-finite, norm by rank: {norms.tolist()}", self.after, intact=False)
-        if (norms != norms[0]).any():
-            raise NonFinite(f"ranks hold DIFFERENT weights, norm by rank: {norms.tolist()}", self.after, intact=False)
+        damage = "" if (norms == norms[0]).all() else f"ranks hold DIFFERENT weights, norms {norms.tolist()}"
+        damage = damage if np.isfinite(norms).all() else f"weights are ALREADY non-finite, norms {norms.tolist()}"
+        good = [k for k in range(len(steps)) if self._account(steps[k], ring[:, k], damage)]
+        if damage:
+            raise NonFinite(damage, self.after, intact=False)
         total = ring[:, good].sum(0).mean(0) if good else np.full(width, math.nan)   # a rank holds its share of a loss
         total = total.tolist()
         return {"steps": len(steps), "loss": total[LOSS], "parts": dict(zip(self.names, total[PARTS:])),
                 "grad_norm": total[NORM] / world_size(), "skipped": sum(self.skips.values())}
 
-    def _account(self, step, row):
+    def _account(self, step, row, damage):
         """Count and tell one step, from its ring row on every rank (world_size, width) -> was it taken?"""
         self.seen += 1
         if not row[0, SKIPPED]:
@@ -284,11 +284,12 @@ class Guard:
         if counted and self.examine:
             self.examine, examine = None, self.examine
             examine(step, step if self.policy == "stop" else self.after)
+        good = "none of it touched the weights"
         if counted and self.policy == "stop":
-            raise NonFinite(f"non-finite {cause} at step {step}, {value}; it did not touch the weights", step)
+            raise NonFinite(f"non-finite {cause} at step {step}, {value}; {damage or good}", step, intact=not damage)
         if self.in_a_row > self.max_skips or total > max(self.max_skips, 0.01 * self.seen):
             raise NonFinite(f"{self.in_a_row} non-finite steps in a row, {total} of {self.seen} in total {self.skips}; "
-                            "none touched the weights", self.after)
+                            f"{damage or good}", self.after, intact=not damage)
         return False
 
     def state_dict(self):

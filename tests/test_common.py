@@ -744,7 +744,7 @@ MUTANTS = {                                         # name: (text of common.py, 
         (LIMIT, LIMIT.replace("max(self.max_skips, 0.01 * self.seen)", "self.max_skips"), other("limits")),
     "the count in a row is never reset": ("            self.in_a_row = 0\n", "", other("resume")),
     "non-finite weights go unnoticed":
-        ("if not np.isfinite(norms).all():", "if False:", cell("optimizer state NaN")),
+        ("damage if np.isfinite(norms).all() else", "damage if True else", cell("optimizer state NaN")),
     "clip before the check":
         ("        norm = get_total_norm(grads, ", "        torch.nn.utils.clip_grad_norm_(self.params, self.clip)\n"
          "        norm = get_total_norm(grads, ", cell("huge gradient")),
@@ -807,7 +807,8 @@ MUTANTS_OF_TWO = {
     "gradients are reduced for each micro-batch":
         ("self.model.require_backward_grad_sync = now", "pass", other("deferral")),
     "buffers are broadcast": ("{buffers: False}", "{buffers: True}", other("deferral")),
-    "ranks may drift apart": ("if (norms != norms[0]).any():", "if False:", other("ranks_that_drift_apart")),
+    "ranks may drift apart":
+        ('"" if (norms == norms[0]).all() else', '"" if True else', other("ranks_that_drift_apart")),
     "a signal stays on its rank": ("bool(table[:, -1].any())", "bool(table[rank(), -1])", other("signal_reaches_all")),
     "a signal stops its rank alone":
         ("(world_size() == 1 and bool(_signals))", "bool(_signals)", other("signal_reaches_all")),
