@@ -23,8 +23,9 @@ if __name__ == "__main__":
 import train_edl  # noqa: E402
 from runs import checkpoints, read_file  # noqa: E402
 
-SMALL = dict(device="cpu", n_layer=2, n_head=2, n_embd=32, batch_size=8, dropout=0.0, learning_rate=2e-3,
-             warmup_steps=2, log_every=0, eval_every=0, save_every=0, dry_run=True)   # a dry run draws only 32 samples
+SMALL = train_edl.CPU | train_edl.DRY | dict(                       # whole, so that no process fills in a preset
+    device="cpu", n_layer=2, n_head=2, n_embd=32, batch_size=8, dropout=0.0, learning_rate=2e-3, min_lr=0.1,
+    warmup_steps=2, log_every=0, eval_every=0, save_every=0, dry_run=True)      # a dry run draws only 32 samples
 
 
 # ------------------------------------------------------------------------------------------------------- in process

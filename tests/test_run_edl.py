@@ -423,7 +423,7 @@ def test_nothing_finite_is_lost_and_nothing_else_is_kept(stopped, straight_pair,
     assert step == 7 and body["guard"]["skips"]["output or loss"] == 1
     assert_same_bits(tensors, at_step(straight_pair, 7))
     assert last_checkpoint(single)[0] == 5                              # a bad weight: what was saved before it is kept
-    assert [path.name for path in single.glob("*.nonfinite")] == ["step-00000007.safetensors.nonfinite"]
+    assert not list(single.glob("step-00000007*"))                      # the autopsy holds the bad one
     assert all(finite(read_file(path)[0]) for path in [*checkpoints(single), *checkpoints(pair)])
     shutil.copytree(single, tmp_path / "run")
     train_here(data, tmp_path / "run", resume=True, **RUN)              # without the fault
