@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ def launch(name="auto"):
 def finish():
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)                             # gloo's threads drop their tensors; Python's end would abort them
 
 def agree(value, device):
     """Rank 0's integer, on every rank; to those that ignore it a barrier."""

@@ -122,9 +122,9 @@ def wait(*processes, timeout=180):
         return [Ended(process.returncode, *end) for process, end in zip(processes, ends)]
     finally:
         for process in processes:
-            if process.poll() is None:              # torchrun's workers are not ours to kill, but it ends them itself
+            if process.poll() is None:              # torchrun ends its workers itself when it is told to
                 process.terminate()
-                process.wait(60)
+                process.communicate(timeout=60)
 
 
 def training(fault, folder, **fields):

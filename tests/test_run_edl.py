@@ -198,7 +198,7 @@ def test_eval(verbs, dry):
 
 @pytest.mark.parametrize("words, said", [
     ("--prompt CCI", "'I'"), ("--prompt C!", "character 2 ('!')"), ("--num_samples 0", "--num_samples"),
-    ("--prompt " + "C" * 300, "--prompt has 300 tokens"), ("--temperature 0", "--temperature"), ("--top_k -1", "top_k"),
+    ("--prompt " + "C" * 300, "has 300 tokens"), ("--temperature 0", "--temperature"), ("--top_k -1", "--top_k"),
     ("--run_name nobody", "there is first"), ("--temperature nan", "--temperature"), ("--batch_size 0", "--batch_size"),
     ("--numsamples 3", "did you mean --num_samples?"), ("--seed -1", "--seed"), ("--device abacus", "--device abacus")])
 def test_samples_that_cannot_be_drawn(dry, refused, tmp_path, words, said):
