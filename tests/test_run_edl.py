@@ -303,6 +303,15 @@ def test_a_finished_run_can_go_further(data, straight, tmp_path):
     assert [row["step"] for row in metrics_of(tmp_path / "run") if row["split"] == "train"] == [5, 10, 15, 20, 25]
 
 
+def test_a_resume_remembers_the_best(data, tmp_path, monkeypatch):
+    nll = 1.5                                                           # better than what comes after the resume
+    monkeypatch.setattr(train_edl, "evaluate", lambda *a: {"nll": nll, "loss": 0.0})
+    train_here(data, tmp_path / "run", max_steps=4)
+    before, nll = (tmp_path / "run/best.safetensors").read_bytes(), 2.0
+    assert train_here(data, tmp_path / "run", max_steps=8, resume=True)["best"] == 1.5
+    assert (tmp_path / "run/best.safetensors").read_bytes() == before and last_checkpoint(tmp_path / "run")[0] == 8
+
+
 def test_a_damaged_checkpoint_is_passed_over(data, straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run")
     newest = checkpoints(tmp_path / "run")[-1]
