@@ -46,7 +46,7 @@ class Trace(TorchDispatchMode):
     def __init__(self, names):
         super().__init__()
         self.names = names                         # data_ptr -> 'parameter x', 'buffer y', 'batch z'
-        self.events, self.bad, self.modules, self.phase, self.asleep = [], {}, [], "forward", False
+        self.bad, self.modules, self.phase, self.asleep = {}, [], "forward", False
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -85,7 +85,6 @@ class Trace(TorchDispatchMode):
                  "born": not any(k == now for _, k in before),   # NaN out of Inf is a birth too
                  "parents": [self.source(t, k) for t, k in before if k], "phase": self.phase,
                  "where": f"autograd node {node.name()}" if node else module}
-        self.events.append(event)
         self.bad[id(tensor)] = (event, tensor)     # holding the tensor keeps its id from being used again
 
     def source(self, tensor, kind):

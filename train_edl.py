@@ -44,8 +44,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows, launch,
-                    listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
+from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
+                    launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
 from data.molecules.metrics import NGram, canonical, describe, draw_grid
 from runs import (Run, checkpoints, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file, restore,
                   resume_config, save_checkpoint, write_file)
@@ -556,7 +556,7 @@ def run_training(config, device):
 
             # once in a while: the guard's only host read, validation on all ranks, a look at some samples, a checkpoint
             intervals = config.log_every, config.eval_every, config.save_every, config.sample_every
-            if last or stop or every(step, 1000, *intervals):
+            if last or stop or every(step, RING, *intervals):
                 stats = guard.poll()
                 stop = guard.stop_requested         # read once: a signal may come at any line
                 if stats["steps"]:
