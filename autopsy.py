@@ -38,7 +38,8 @@ def own_frame(frames):
     """The innermost stack line that is neither torch's nor this file's."""
     own = [frame for frame in frames if str(Path(torch.__file__).parent) not in frame and __file__ not in frame]
     found = re.match(r'\s*File "(.*)", line (\d+), in (\S+)\s*(.*)', own[-1], re.S) if own else None
-    return f"{Path(found[1]).name}:{found[2]}, in {found[3]} |  {found[4].strip().splitlines()[0]}" if found else ""
+    line = found[4].strip().split("\n")[0] if found else ""
+    return f"{Path(found[1]).name}:{found[2]}, in {found[3]} |  {line}" if found else ""
 
 
 class Trace(TorchDispatchMode):

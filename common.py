@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_leaves
 
 class NonFinite(RuntimeError):
     """The run must stop, with exit code 3. If intact, the weights are good and are those from before `step`."""
@@ -143,7 +144,7 @@ def cast(tree, device, dtype=None):
 
 # ----------------------------------------------------------------------------------------------------------- guard
 RING = 1024                                         # steps the device remembers; polled before it is full
-LOSS, LOSS_BAD, NORM, SKIPPED, COUNTED, PARTS = range(6)   # columns of the ring
+LOSS, LOSS_BAD, OUTPUT_BAD, NORM, SKIPPED, COUNTED, PARTS = range(7)    # columns of the ring
 
 class Guard:
     """Keeps non-finite losses and gradients away from the weights, alike on all ranks, without a host read per step.
@@ -165,8 +166,11 @@ class Guard:
         self.device = self.params[0].device
         start = torch.tensor([65536.0 if fp16 else 1.0, 0.0, 0.0], device=self.device)
         self.scale, self.healthy, self.latch = start.unbind()
+        self.nothing = self.output = torch.zeros((), device=self.device)
+        if model is not None:
+            model.register_forward_hook(self._look)
         self.ring, self.steps, self.names = None, [], []
-        self.skips = {"output or loss": 0, "gradient": 0, "float16 overflow": 0}
+        self.skips = {"output": 0, "loss": 0, "gradient": 0, "float16 overflow": 0}
         self.seen, self.in_a_row, self.after, self.told_to_stop = 0, 0, 0, False
         self.on_device = optimizer.defaults.get("fused") and self._canary()
         if not self.on_device:
@@ -183,6 +187,14 @@ class Guard:
             trial.step()
             return p.tolist()
         return update(math.nan, 1.0, 1.0) == [1.0, 1.0] and update(2.0, 0.0, 2.0) == update(1.0, 0.0, 1.0) != [1.0, 1.0]
+
+    def _look(self, model, inputs, output):
+        """A forward hook: is the output finite? Only for the count of causes: loss and gradient decide."""
+        if model.training and torch.is_grad_enabled():
+            for tensor in tree_leaves(output):
+                if torch.is_tensor(tensor) and tensor.is_floating_point():
+                    total = tensor.detach().sum(dtype=torch.float32)
+                    self.output = self.output + (total - total)
 
     def sync_gradients(self, now):
         """Say before the forward whether its backward all-reduces: said after it, DDP never syncs."""
@@ -202,7 +214,8 @@ class Guard:
             self.names, self.ring = list(parts), torch.zeros(RING, PARTS + len(parts), device=self.device)
         assert list(parts) == self.names, f"parts keep their names: {self.names}, now {list(parts)}"
         row = self.ring[len(self.steps)]
-        row[:NORM] += torch.stack([value, poison.ne(0).float()])
+        row[:NORM] += torch.stack([value, poison.ne(0).float(), self.output.ne(0).float()])
+        self.output = self.nothing
         if parts:
             row[PARTS:] += torch.stack([part.detach().float() for part in parts.values()])
 
@@ -275,7 +288,8 @@ class Guard:
             self.in_a_row = 0
             return True
         ranks, counted = np.flatnonzero(row[:, LOSS_BAD]).tolist(), row[0, COUNTED]
-        cause = "output or loss" if ranks else "gradient" if counted else "float16 overflow"
+        cause = "float16 overflow" if not counted else "output" if row[:, OUTPUT_BAD].any() else "loss" if ranks else \
+            "gradient"
         self.skips[cause] += 1
         self.in_a_row += int(counted)
         total = sum(self.skips.values()) - self.skips["float16 overflow"]
@@ -286,6 +300,7 @@ class Guard:
         if counted and self.examine:
             self.examine, examine = None, self.examine
             examine(step, step if self.policy == "stop" else self.after)
+            self.output = self.nothing              # the replay's was looked at too
         good = "none of it touched the weights"
         if counted and self.policy == "stop":
             raise NonFinite(f"non-finite {cause} at step {step}, {value}; {damage or good}", step, intact=not damage)

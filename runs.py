@@ -85,6 +85,42 @@ def resume_config(config, given, saved, fixed):
                  "leave it out, or start another --run_name")
     return dataclasses.replace(config, **{name: value for name, value in saved.items() if name not in given})
 
+def complete(config, given, cpu, dry, fixed):
+    """What the flags left open, filled in from the checkpoint or the presets for a CPU and a dry run -> Config.
+
+    given, fixed: names of the fields that flags gave, and that a resume keeps. What cannot work ends in fail()."""
+    if config.resume and not config.run_name:
+        names = sorted(path.parent.name for path in Path(config.out_dir).glob("*/config.json"))
+        fail(f"--resume needs --run_name; there is {', '.join(names) or 'no run yet'}")
+    saved = newest(Path(config.out_dir) / config.run_name) if config.resume else None
+    if saved:
+        config = resume_config(config, given, saved[2]["config"], fixed)
+    else:
+        cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
+        preset = ({} if cuda else cpu) | (dry if config.dry_run else {})
+        preset = {name: value for name, value in preset.items() if name not in given}
+        config = dataclasses.replace(config, **preset)
+        if preset and int(os.environ.get("RANK", 0)) == 0:
+            print("dry run:" if config.dry_run else "no GPU:", *(f"--{k} {v}" for k, v in preset.items()), flush=True)
+    for name in ("batch_size", "grad_accum", "learning_rate", "n_layer", "n_head", "n_embd"):
+        if getattr(config, name, 1) <= 0:
+            fail(f"--{name} {getattr(config, name)}: must be above 0")
+    if config.seed < 0:
+        fail(f"--seed {config.seed}: must not be below 0")
+    for name, choices in {"on_nonfinite": ("skip", "stop"), "wandb": ("", "offline", "online")}.items():
+        if getattr(config, name) not in choices:
+            fail(f"--{name} {getattr(config, name)}: one of {', '.join(filter(None, choices))}")
+    steps_in(config.skip_steps)
+    return config
+
+def steps_in(text):
+    """'17,40-45' -> {17, 40, 41, 42, 43, 44, 45}"""
+    try:
+        ranges = [part.partition("-") for part in text.split(",") if part]
+        return {step for first, _, last in ranges for step in range(int(first), int(last or first) + 1)}
+    except ValueError:
+        fail(f"--skip_steps {text}: write steps as 17,40-45")
+
 # ----------------------------------------------------------------------------------------------------- checkpoints
 def _crc(tensor):
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
@@ -207,6 +243,14 @@ def restore(model, optimizer, tensors, body):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # ------------------------------------------------------------------------------------------------------ run folder
+def trained(out_dir, run_name):
+    """The folder of a run that has a best.safetensors, or fail() naming those that there are."""
+    folder = Path(out_dir) / run_name
+    if not run_name or not (folder / "best.safetensors").exists():
+        names = ", ".join(sorted(path.parent.name for path in Path(out_dir).glob("*/best.safetensors")))
+        fail(f"--run_name {run_name}: no such trained run in {out_dir}; there is {names or 'none yet'}")
+    return folder
+
 def clock(seconds):
     """81 -> '1m 21s', 5000 -> '1h 23m'"""
     minutes, seconds = divmod(int(seconds), 60)

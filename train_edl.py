@@ -47,8 +47,8 @@ from torch import nn
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
 from data.molecules.metrics import NGram, canonical, describe, draw_grid
-from runs import (Run, checkpoints, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file, restore,
-                  resume_config, save_checkpoint, write_file)
+from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
+                  save_checkpoint, steps_in, trained, write_file)
 
 # B rows (molecules), T positions, N = B T positions in a row, K tokens of the vocabulary (classes), D width, H heads
 
@@ -646,10 +646,7 @@ class EvalFlags:
 
 def open_run(flags, device):
     """-> the run's folder and its best model."""
-    folder = Path(flags.out_dir) / flags.run_name
-    if not flags.run_name or not (folder / "best.safetensors").exists():
-        names = ", ".join(sorted(path.parent.name for path in Path(flags.out_dir).glob("*/best.safetensors")))
-        fail(f"--run_name {flags.run_name}: no such trained run in {flags.out_dir}; there is {names or 'none yet'}")
+    folder = trained(flags.out_dir, flags.run_name)
     low, zero = min(flags.num_samples, getattr(flags, "batch_size", 1)), min(flags.top_k, flags.seed)
     if low < 1 or flags.temperature <= 0 or zero < 0:
         fail("--num_samples, --batch_size and --temperature must be above 0, --top_k and --seed not below")
@@ -691,47 +688,22 @@ def main_eval(argv):
     finish()
 
 
-def steps_in(text):
-    """'17,40-45' -> {17, 40, 41, 42, 43, 44, 45}"""
-    try:
-        ranges = [part.partition("-") for part in text.split(",") if part]
-        return {step for first, _, last in ranges for step in range(int(first), int(last or first) + 1)}
-    except ValueError:
-        fail(f"--skip_steps {text}: write steps as 17,40-45")
-
-
 def settle(config, given):
-    """Fill in what the flags left open, from the checkpoint or the presets, and refuse what cannot work -> Config"""
-    folder, world = Path(config.out_dir) / config.run_name, int(os.environ.get("WORLD_SIZE", 1))
+    """Fill in what the flags left open and refuse what cannot work for this model -> Config"""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if config.gpu_ids:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
     if config.num_gpus not in (0, world):
         fail(f"--num_gpus {config.num_gpus}, but {world} process(es): start it with "
              f"torchrun --nproc_per_node={config.num_gpus} train_edl.py")
-    if config.resume and not config.run_name:
-        names = sorted(path.parent.name for path in Path(config.out_dir).glob("*/config.json"))
-        fail(f"--resume needs --run_name; there is {', '.join(names) or 'no run yet'}")
-    saved = newest(folder) if config.resume else None
-    if saved:
-        config = resume_config(config, given, saved[2]["config"], FIXED)
-    else:
-        cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
-        preset = ({} if cuda else CPU) | (DRY if config.dry_run else {})
-        preset = {name: value for name, value in preset.items() if name not in given}
-        config = dataclasses.replace(config, **preset)
-        if preset and int(os.environ.get("RANK", 0)) == 0:
-            print("dry run:" if config.dry_run else "no GPU:", *(f"--{k} {v}" for k, v in preset.items()), flush=True)
-    for name in ("batch_size", "grad_accum", "n_layer", "n_head", "n_embd", "learning_rate"):
-        if getattr(config, name) <= 0:
-            fail(f"--{name} {getattr(config, name)}: must be above 0")
-    if config.seed < 0 or not 0 <= config.dropout < 1:
-        fail(f"--seed {config.seed} --dropout {config.dropout}: a seed is not below 0, a dropout in 0 ... 1")
+    config = complete(config, given, CPU, DRY, FIXED)
+    if not 0 <= config.dropout < 1:
+        fail(f"--dropout {config.dropout}: must be in 0 ... 1")
     if config.n_embd % config.n_head:
         fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
-    for name, choices in {"edl_loss_type": ("log", "digamma", "mse"), "edl_evidence": ("exp", "softplus"),
-                          "on_nonfinite": ("skip", "stop"), "wandb": ("", "offline", "online")}.items():
+    for name, choices in {"edl_loss_type": ("log", "digamma", "mse"), "edl_evidence": ("exp", "softplus")}.items():
         if getattr(config, name) not in choices:
-            fail(f"--{name} {getattr(config, name)}: one of {', '.join(filter(None, choices))}")
+            fail(f"--{name} {getattr(config, name)}: one of {', '.join(choices)}")
     return config
 
 

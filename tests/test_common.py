@@ -62,7 +62,7 @@ def check_cell(common, site, precision, policy, accum=1, fused=True, everywhere=
     found = train(common, site, precision, policy, accum, fused, everywhere)
     here = everywhere or real_common.rank() == real_common.world_size() - 1
     healthy = functools.partial(reference, precision, accum, fused)
-    cause = "gradient" if site in IN_BACKWARD else "output or loss"
+    cause = "gradient" if site in IN_BACKWARD else "loss" if site in ("loss NaN", "loss Inf") else "output"
     scale = 65536.0 if precision == "float16" else 1.0
     skips, expected, examined = {cause: 1}, {}, 1
     if precision == "float16" and site in IN_BACKWARD:      # cannot be told from an overflow: skip it, halve the scale
@@ -85,7 +85,7 @@ def check_cell(common, site, precision, policy, accum=1, fused=True, everywhere=
         expected = {"error_step": None, "state": healthy(omit=True)["state"], "total": 1, "polled": STEPS}
     else:
         expected = {"error_step": BAD, "state": healthy(until=BAD)["state"], "polled": 2 * POLL}
-    expected |= {"skips": {"output or loss": 0, "gradient": 0, "float16 overflow": 0} | skips, "scale": scale}
+    expected |= {"skips": {"output": 0, "loss": 0, "gradient": 0, "float16 overflow": 0} | skips, "scale": scale}
     got = {key: found[key] for key in expected}
     assert got == expected, f"{site} {precision} {policy}\nfound    {got}\nexpected {expected}\n{found['error']}"
     assert_told(found, site, everywhere)
@@ -359,7 +359,7 @@ def check_limits(common):
 
 def check_in_a_row(common):
     """More than max_skips in a row stop the run even where 1 % of the steps allows more in total."""
-    resume = {"scale": 1.0, "healthy": 0.0, "skips": {"output or loss": 0, "gradient": 0, "float16 overflow": 0},
+    resume = {"scale": 1.0, "healthy": 0.0, "skips": {"output": 0, "loss": 0, "gradient": 0, "float16 overflow": 0},
               "seen": 10000, "in_a_row": 0}
     assert drive(common, "xxx.xxx.", resume, max_skips=3)[1] is None
     assert drive(common, "xxx.xxxx", resume, max_skips=3)[1] == 8
@@ -388,9 +388,28 @@ def check_resume(common):
     assert (state["scale"], state["healthy"], state["seen"], state["in_a_row"]) == (32768.0, 0.0, 4, 2)
     assert drive(common, "xx", state, first=4, fp16=True, max_skips=3)[1] == 6, "two and two are four in a row"
     resumed, stopped = drive(common, "x.", state, first=4, fp16=True, max_skips=3)
-    assert stopped is None and resumed.skips == {"output or loss": 3, "gradient": 0, "float16 overflow": 1}
+    assert stopped is None and resumed.skips == {"output": 0, "loss": 3, "gradient": 0, "float16 overflow": 1}
     assert (resumed.seen, resumed.in_a_row, float(resumed.scale)) == (6, 0, 32768.0)
-    assert state["skips"] == {"output or loss": 2, "gradient": 0, "float16 overflow": 1}, "not shared with the guard"
+    assert state["skips"] == {"output": 0, "loss": 2, "gradient": 0, "float16 overflow": 1}, "not shared with the guard"
+
+
+def check_causes(common):
+    """Output, loss and gradient are told apart, step by step; a look in eval mode and a replay blame no later step."""
+    net, seen = make_net(dropout=0.0), []
+
+    def look(fault, training=True):
+        net.train(training)
+        return compute_loss(net, make_batch(fault=fault))[0]
+    guard = common.Guard(net, torch.optim.SGD(net.parameters(), lr=0.01, fused=True), log=lambda text: None,
+                         examine=lambda step, now: (seen.append(step), look("input NaN")))
+    for step, fault in enumerate(["input NaN", "loss NaN", "input NaN", "", "gradient NaN", "loss NaN"]):
+        look("input NaN", training=False)
+        guard.backward(look(fault))
+        guard.step(step)
+        if step in (0, 4):
+            guard.poll()
+    guard.poll()
+    assert guard.skips == {"output": 2, "loss": 2, "gradient": 1, "float16 overflow": 0} and seen == [0]
 
 
 def check_report(common):
@@ -413,7 +432,8 @@ def check_report(common):
     assert empty["steps"] == 0 and empty["skipped"] == 1 and math.isnan(empty["loss"])
 
 
-@pytest.mark.parametrize("check", [check_limits, check_in_a_row, check_overflow, check_resume, check_report],
+@pytest.mark.parametrize("check", [check_limits, check_in_a_row, check_overflow, check_resume, check_causes,
+                                   check_report],
                          ids=lambda check: check.__name__)
 def test_counts(check):
     check(real_common)
@@ -771,6 +791,12 @@ MUTANTS = {                                         # name: (text of common.py, 
     "the report has parts of the last micro-batch": ("row[PARTS:] += torch", "row[PARTS:] = torch", other("report")),
     "skipped steps count in the means": ("ring[:, good].sum", "ring.sum", other("report")),
     "the ring is not zeroed": ("self.ring.zero_()", "pass", other("report")),
+    "the output is not looked at": ("model.register_forward_hook(self._look)", "pass", cell("input NaN")),
+    "an output is blamed for ever":
+        ("self.output.ne(0).float()])\n        self.output = self.nothing\n", "self.output.ne(0).float()])\n",
+         other("causes")),
+    "an evaluation is blamed": ("if model.training and torch.is_grad_enabled():", "if True:", other("causes")),
+    "a replay is blamed": ("            self.output = self.nothing              #", "            #", other("causes")),
     "a host read slips in": ("        self.steps.append(step)", "        self.steps.append(step), bool(skipped)",
                              other("host_reads", precision="float32", policy="skip")),
     "no canary": (" and self._canary()", "",

@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 import train_edl
-from data.molecules import prepare
+import train_logbert
+from data.logs import prepare as prepare_logs
+from data.molecules import prepare as prepare_molecules
 from runs import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"out", "venv", ".venv"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not ELSEWHERE & set(path.relative_to(ROOT).parts))
-BUDGET = {"train_edl.py": 750, "common.py": 350, "runs.py": 350, "autopsy.py": 220}
+SCRIPTS = {"train_edl.py": train_edl, "train_logbert.py": train_logbert}
+PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/logs/prepare.py": prepare_logs}
+BUDGET = dict.fromkeys(SCRIPTS, 750) | {"common.py": 350, "runs.py": 350, "autopsy.py": 220}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -31,7 +35,7 @@ def test_no_pickle(path):
 def commands():
     """Each command of README.md, data/README.md and the docstrings that runs something of ours."""
     texts = [(ROOT / name).read_text() for name in ("README.md", "data/README.md")]
-    texts += [train_edl.__doc__, prepare.__doc__]
+    texts += [module.__doc__ for module in (*SCRIPTS.values(), *PREPARE.values())]
     for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
             line = re.sub(r"\s+#.*", "", line.strip())
@@ -45,15 +49,62 @@ def test_commands_in_the_texts_parse(command):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[script]).is_file()
     arguments = words[script + 1:]
-    if words[script] == "data/molecules/prepare.py":
-        if "--help" not in arguments:
-            prepare.parse(arguments)
-    elif words[script] == "train_edl.py":
-        verb = {"eval": train_edl.EvalFlags, "sample": train_edl.SampleFlags}.get(arguments[0] if arguments else "")
-        if "--help" not in arguments:
-            arguments, aliases = (arguments[1:], {}) if verb else (arguments, train_edl.ALIASES)
-            parse_flags(verb or train_edl.Config, arguments, "", aliases)
+    if "--help" in arguments:
+        return
+    if words[script] in PREPARE:
+        arguments = ["/dev/null" if word == "FILE" else word for word in arguments]
+        PREPARE[words[script]].parse(arguments)
+    elif words[script] in SCRIPTS:
+        module, verb = SCRIPTS[words[script]], arguments[0].capitalize() if arguments else ""
+        if hasattr(module, f"{verb}Flags"):
+            parse_flags(getattr(module, f"{verb}Flags"), arguments[1:])
+        else:
+            parse_flags(module.Config, arguments, "", module.ALIASES)
 
 
 def test_the_texts_name_commands():
     assert len(set(commands())) > 15
+
+
+# ------------------------------------------------------------------------------------------------- siblings stay alike
+def common_fields(text):
+    """(name, type, help) of the flags that all scripts share, in order; the defaults are each script's own."""
+    block = text.split("# common to all scripts\n")[1].split("    # this script\n")[0]
+    return re.findall(r"^    (\w+): (\w+) = .*?  # (.*)$", block, re.M)
+
+
+def between(text, start, end):
+    assert text.count(start) == 1 and end in text.split(start)[1], (start, end)
+    return text.split(start)[1].split(end)[0]
+
+
+def kept_alike(name, text):
+    """What is the same in all scripts, by what it is called."""
+    text = text.replace(name, "train_x.py")
+    loop = between(text, "    guard = Guard(", "        for step in range(start, max_steps + 1):")
+    return {
+        "common flags": common_fields(text),
+        "banners": re.findall(r"^# -{20,} (.*)$", text, re.M),
+        "train()": between(text, "def train(config):\n", "\n\n\n"),
+        "optimizer step": between(text, "            # ---------------- one optimizer step ----------------\n",
+                                  "    if not last:\n"),
+        "autopsy": between(text, "    def examine(step, now):", "    guard = Guard("),
+        "guard": loop.split("    size, rows = ")[0],
+        "poll": between(text, "            # once in a while:", "                if stats[\"steps\"]:"),
+        "save and break": between(text, "                if last or stop or every(step, config.save_every):\n",
+                                  "            # ---------------- one optimizer step")}
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "train_edl.py"])
+def test_scripts_are_alike_where_they_mean_the_same(name):
+    one, other = (kept_alike(script, (ROOT / script).read_text()) for script in ("train_edl.py", name))
+    assert len(one["common flags"]) == 29 and len(one["banners"]) == 7
+    for what in one:
+        assert one[what] == other[what], what
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_common_flag_has_one_help(name):
+    """--help is made of the same comments, so a flag reads the same wherever it stands."""
+    fields = [field for field, _, _ in common_fields((ROOT / name).read_text())]
+    assert fields == list(SCRIPTS[name].Config.__dataclass_fields__)[:len(fields)]

@@ -429,7 +429,7 @@ def test_the_autopsy_names_the_cause_and_can_be_replayed(stopped):
 def test_nothing_finite_is_lost_and_nothing_else_is_kept(stopped, straight_pair, straight, data, tmp_path):
     pair, single, *_ = stopped
     step, tensors, body = last_checkpoint(pair)                         # a bad batch: the weights before it are kept
-    assert step == 7 and body["guard"]["skips"]["output or loss"] == 1
+    assert step == 7 and body["guard"]["skips"]["loss"] == 1
     assert_same_bits(tensors, at_step(straight_pair, 7))
     assert last_checkpoint(single)[0] == 5                              # a bad weight: what was saved before it is kept
     assert not list(single.glob("step-00000007*"))                      # the autopsy holds the bad one
@@ -467,7 +467,7 @@ def test_low_precision(data, tmp_path, dtype, use_edl):
     nll = [row["nll"] for row in metrics_of(tmp_path / "run") if row["split"] == "val"]
     assert nll[-1] == answer["best"] < nll[0] - 0.1 < math.log(23)
     skips = last_checkpoint(tmp_path / "run")[2]["guard"]["skips"]
-    assert skips["output or loss"] == skips["gradient"] == 0
+    assert skips["output"] == skips["loss"] == skips["gradient"] == 0
 
 
 @pytest.mark.parametrize("fields", [dict(edl_loss_type="mse", edl_evidence="softplus", edl_kl_weight=1.0),
