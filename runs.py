@@ -105,8 +105,9 @@ def complete(config, given, cpu, dry, fixed):
     for name in ("batch_size", "grad_accum", "learning_rate", "n_layer", "n_head", "n_embd"):
         if getattr(config, name, 1) <= 0:
             fail(f"--{name} {getattr(config, name)}: must be above 0")
-    if config.seed < 0:
-        fail(f"--seed {config.seed}: must not be below 0")
+    for name in ("seed", "warmup_steps", "beta1", "beta2", "weight_decay", "grad_clip", "max_skips"):
+        if getattr(config, name) < 0 or max(config.beta1, config.beta2) >= 1:
+            fail(f"--{name} {getattr(config, name)}: must not be below 0, --beta1 and --beta2 below 1")
     for name, choices in {"on_nonfinite": ("skip", "stop"), "wandb": ("", "offline", "online")}.items():
         if getattr(config, name) not in choices:
             fail(f"--{name} {getattr(config, name)}: one of {', '.join(filter(None, choices))}")

@@ -337,17 +337,24 @@ def edl_loss(logits, targets, kind, evidence, kl_weight, mask=None, count=None):
         return loss, parts
 
 
+def digamma_part(x):
+    """digamma(x + 1) - log(x) for x >= 1: falls from .42 to 0 like 1 / 2x, to full relative precision."""
+    near, r = x.clamp(max=12), 1 / x.clamp(min=12)
+    return torch.where(x < 12, (near + 1).digamma() - near.log(), r / 2 - r ** 2 / 12 + r ** 4 / 120)
+
+
 def uncertainty(alpha):
     """Dirichlet alpha (..., K) float32 -> dict of (...,) float32: vacuity K / S in (0, 1]; total, the entropy of
     p = alpha / S; aleatoric, the expected entropy; epistemic = total - aleatoric >= 0, the mutual information (nats).
 
-    Where vacuity is called total uncertainty, that is another quantity than the entropy here."""
+    epistemic is summed by itself, since the two entropies cancel where evidence is large: sum p (g(alpha) - g(S)) with
+    g = digamma_part. Where vacuity is called total uncertainty, that is another quantity than the entropy here."""
     S = alpha.sum(-1, keepdim=True)
     p = alpha / S
     total = -(p * p.log()).sum(-1)
     aleatoric = (p * ((S + 1).digamma() - (alpha + 1).digamma())).sum(-1)
     return {"vacuity": alpha.shape[-1] / S[..., 0], "total": total, "aleatoric": aleatoric,
-            "epistemic": (total - aleatoric).clamp(min=0)}
+            "epistemic": (p * (digamma_part(alpha) - digamma_part(S))).sum(-1).clamp(min=0)}
 
 
 def compute_loss(model, batch, step, config):

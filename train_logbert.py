@@ -11,8 +11,8 @@ python train_logbert.py eval --run_name big           # the table of detectors b
 python train_logbert.py score --run_name big --input new.log --out scores.csv   # raw lines in, verdicts and reasons out
 
 DIST, keys, NEXT (B, T) -> embedding + position (B, T, D) -> n_layer x [attention, GELU MLP] -> logits (B, T, K), h_DIST
-Asked for: masked keys, and what follows a prefix, a key or the end. Two views: ordered, and bag, where all keys of a
-session share one position, so that only their numbers are seen. Score: the largest -log p, each key masked alone.
+Asked for: masked keys, and what follows a prefix, a key or the end. Two views: ordered, and bag, where all keys share
+one position, so that only their numbers are seen. Score of a session: the largest -log p, each key masked alone.
 
 What used to break here                                       and what stops it
   a home-made LayerNorm whose gradient reaches 1e6              nn.LayerNorm, before each sublayer
@@ -22,10 +22,8 @@ What used to break here                                       and what stops it
   threshold, g and mask ratio chosen on the test labels         thresholds of held-out normal sessions, before the test
   short sessions left out of the test                           all are scored; F1 of the long ones stands beside
   a random mask at test time                                    surprise: every key in turn, of each distinct session
-  a model that a look-up table beats                            the floors stand in the same table
 
-Guo, Yuan, Wu 2021 (LogBERT, arXiv 2103.04475; equations 3 and 4). Du et al. 2017 (DeepLog, CCS). Le, Zhang 2022
-(ICSE) and Landauer et al. 2023 on what these benchmarks measure.
+Guo, Yuan, Wu 2021 (LogBERT, arXiv 2103.04475; equations 3, 4). Landauer et al. 2023 on what such benchmarks measure.
 """
 import csv
 import dataclasses
@@ -101,12 +99,12 @@ class Config:
     use_gaps: bool = False  # also read the seconds between lines
     mask_weight: float = 1.0  # of the masked log-key loss
     vhm_weight: float = 0.0  # of the hypersphere loss; LogBERT's is .1
-    vhm_ramp_steps: int = 0  # steps over which vhm_weight grows to its full size
+    vhm_ramp_steps: int = 0  # steps from the run's start over which vhm_weight grows to its full size
     init_gain: float = 0.0  # xavier_normal with this gain, as the fix record's .1; 0: normal, sd .02
     warmup_init: float = 0.0  # learning rate at which the warm-up starts
     top_g: int = 6  # a key that is not among the g likeliest is a miss
     quantile: float = 0.998  # of held-out normal sessions' scores, the threshold but for the margin
-    margin: float = 1.0  # nats on top of it, for the few held-out sessions that set it
+    margin: float = 0.5  # nats on top of it, for the few held-out sessions that set it
     detector: str = ""  # whose verdict counts: bag, ordered, both or others of the table; empty: the first taught
 
 
@@ -117,8 +115,7 @@ FIXED = ("data_dir", "n_layer", "n_head", "n_embd", "view", "use_gaps", "next_sh
 
 
 # ------------------------------------------------------------------------------------------------------------ data
-PAD, MASK, DIST, NEXT, UNK, EOS, FIRST_KEY = range(7)       # ids; from FIRST_KEY on the keys of train, by frequency
-FIRST_CLASS, IGNORE = EOS, -100                     # the head knows EOS and the keys: class = id - FIRST_CLASS
+PAD, MASK, DIST, NEXT, UNK, EOS, FIRST_KEY = range(7)       # then the keys of train, by frequency; class = id - EOS
 PASSES = 128                                        # rows per scored session: longer ones mask several keys together
 VIEWS = {"bag": ("bag",), "ordered": ("ordered",), "both": ("bag", "ordered")}
 
@@ -239,19 +236,18 @@ def draw_questions(length, config, seed):
 
 
 def make_batch(sessions, masked, prefix, bag, use_gaps):
-    """Sessions and their questions -> dict of tokens, targets (B, T + 2) int64, bag (B,) bool, gaps (B, T + 2)."""
-    keys, gaps, length = pad(sessions)
-    B, T = keys.shape
-    tokens, targets = np.full((B, T + 2), PAD), np.full((B, T + 2), IGNORE)
-    asks, masked = prefix >= 0, masked[:, :T] & (keys >= EOS)           # UNK has no class and is never asked for
-    shown = np.arange(T) < np.where(asks, prefix, length)[:, None]
-    tokens[:, 0], tokens[:, 1:-1] = DIST, np.where(shown, np.where(masked, MASK, keys), PAD)
-    targets[:, 1:-1] = np.where(masked, keys - FIRST_CLASS, IGNORE)
-    row, place = np.flatnonzero(asks), prefix[asks]
-    follows = np.where(place < length[row], keys[row, np.minimum(place, T - 1)], EOS)
-    tokens[row, place + 1], targets[row, place + 1] = NEXT, np.where(follows >= EOS, follows - FIRST_CLASS, IGNORE)
-    gaps = {"gaps": np.pad(gaps * shown, ((0, 0), (1, 1)))} if use_gaps else {}
-    return {"tokens": tokens, "targets": targets, "bag": bag} | gaps
+    """Sessions and their questions -> dict of tokens (B, T + 2) int64, bag (B,) bool, gaps (B, T + 2) float32, and of N
+    questions asked (N,) int64, their places in the flattened tokens, and targets (N,) int64, classes."""
+    (keys, gaps, length), row, place = pad(sessions), np.flatnonzero(prefix >= 0), prefix[prefix >= 0]
+    masked, edges = masked[:, :keys.shape[1]] & (keys >= EOS), ((0, 0), (1, 1))        # UNK has no class
+    shown = np.arange(keys.shape[1]) < np.where(prefix >= 0, prefix, length)[:, None]
+    tokens, answer = np.pad(np.where(masked, MASK, keys) * shown, edges), np.pad(keys * masked, edges)     # PAD is 0
+    follows = np.pad(keys, edges)[row, place + 1]
+    answer[row, place + 1] = np.where(follows == PAD, EOS, follows)
+    tokens[:, 0], tokens[row, place + 1] = DIST, NEXT
+    asked = np.flatnonzero(answer >= EOS)
+    gaps = {"gaps": np.pad(gaps * shown, edges)} if use_gaps else {}
+    return {"tokens": tokens, "asked": asked, "targets": answer.flat[asked] - EOS, "bag": bag} | gaps
 
 
 def get_batch(data, split, step, config, micro=0):
@@ -276,11 +272,14 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(config.n_embd, 4 * config.n_embd), nn.Linear(4 * config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, visible):
+    def forward(self, x, visible, places):
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
         heads = F.scaled_dot_product_attention(q, k, v, visible, self.dropout if self.training else 0.0)
-        x = x + self.drop(self.out(heads.transpose(1, 2).reshape(B, T, D)))
+        heads = heads.transpose(1, 2).reshape(B, T, D)
+        if places is not None:                      # (N,): of these alone, -> (N, D)
+            x, heads = x.flatten(0, 1)[places], heads.flatten(0, 1)[places]
+        x = x + self.drop(self.out(heads))
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
@@ -296,7 +295,7 @@ class LogBERT(nn.Module):
         self.gap = nn.Linear(1, config.n_embd) if config.use_gaps else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm, self.head = nn.LayerNorm(config.n_embd), nn.Linear(config.n_embd, ids - FIRST_CLASS)
+        self.norm, self.head = nn.LayerNorm(config.n_embd), nn.Linear(config.n_embd, ids - EOS)
         self.register_buffer("centre", torch.zeros(config.n_embd))     # of the hypersphere, set once by set_centre
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -307,18 +306,19 @@ class LogBERT(nn.Module):
                 if config.init_gain:
                     nn.init.xavier_normal_(module.weight, gain=config.init_gain)
 
-    def forward(self, tokens, bag, gaps=None):
-        """tokens (B, T) int64, bag (B,) bool, gaps (B, T) -> (logits (B, T, K), h_DIST (B, D), its norm fixed)."""
-        place = torch.arange(tokens.shape[1], device=tokens.device).clamp(max=self.block - 1)
+    def forward(self, tokens, bag, asked, gaps=None):
+        """tokens, bag, asked, gaps as make_batch has them -> (logits (N, K), h_DIST (B, D), its norm fixed)."""
+        B, T = tokens.shape
+        place = torch.arange(T, device=tokens.device).clamp(max=self.block - 1)
         x = self.token(tokens) + self.position(torch.where(bag[:, None], self.block, place))
         if self.gap is not None:                    # a bag has no order and so no gaps
             x = x + self.gap((gaps * ~bag[:, None])[..., None])
         visible = (tokens != PAD)[:, None, None, :]     # DIST always is, so that no row of the softmax is empty
-        x = self.drop(x)
-        for block in self.blocks:
-            x = block(x, visible)
+        x, places = self.drop(x), torch.cat([asked, torch.arange(0, B * T, T, device=asked.device)])
+        for i, block in enumerate(self.blocks, 1):      # the last one computes what is asked for, and DIST
+            x = block(x, visible, places if i == len(self.blocks) else None)
         x = self.norm(x)
-        return self.head(x), F.layer_norm(x[:, 0].float(), x.shape[-1:])
+        return self.head(x[:-B]), F.layer_norm(x[-B:].float(), x.shape[-1:])
 
 
 def load_model(path, device="cpu"):
@@ -335,10 +335,9 @@ def compute_loss(model, batch, step, config):
 
     mlkp: cross-entropy of the questions, masked keys and what follows a prefix; vhm: the squared distance of h_DIST to
     the centre per dimension (Guo, Yuan, Wu 2021, equations 3 and 4, the latter without the root and with / D)."""
-    logits, h_dist = model(batch["tokens"], batch["bag"], batch.get("gaps"))
+    logits, h_dist = model(batch["tokens"], batch["bag"], batch["asked"], batch.get("gaps"))
     with float32_island(logits):
-        mlkp = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE,
-                               reduction="sum") / batch["count"]
+        mlkp = F.cross_entropy(logits.float(), batch["targets"], reduction="sum") / batch["count"]
         loss, parts = config.mask_weight * mlkp, {"mlkp": mlkp}
         if config.vhm_weight:
             grown = min(1.0, step / config.vhm_ramp_steps) if config.vhm_ramp_steps else 1.0
@@ -349,16 +348,14 @@ def compute_loss(model, batch, step, config):
 
 @torch.no_grad()
 def distances(model, sessions, config):
-    """h_DIST (len(sessions), D) float32 on the CPU, in eval mode; as bags unless only order is taught."""
-    was_training, rows = model.training, []
-    model.eval()
+    """h_DIST (len(sessions), D) float32 on the CPU, as bags unless only order is taught. Leaves model in eval mode."""
+    model, rows = model.eval(), []
     for some in (sessions[i:i + 256] for i in range(0, len(sessions), 256)):
         masked, whole = np.zeros((len(some), max(len(session.ids) for session in some)), bool), np.full(len(some), -1)
         batch = make_batch(some, masked, whole, np.full(len(some), config.view != "ordered"), config.use_gaps)
         batch = cast(batch, model.centre.device)
-        rows.append(model(batch["tokens"], batch["bag"], batch.get("gaps"))[1].cpu())
-    model.train(was_training)
-    return torch.cat(rows)
+        rows.append(model(batch["tokens"], batch["bag"], batch["asked"], batch.get("gaps"))[1].cpu())
+    return torch.cat([torch.zeros(0, len(model.centre)), *rows])
 
 
 def set_centre(model, data, config):
@@ -385,17 +382,17 @@ def evaluate(model, data, config, split="val"):
         batch = cast(make_batch([data.session(row) for row in some], *questions, config.use_gaps), device)
         with autocast(device, pick_dtype(config.dtype, device)[0]):
             _, parts = compute_loss(model, batch | {"count": 1, "rows": 1}, 0, config)
-        sums += torch.stack([parts["mlkp"], (batch["targets"] != IGNORE).sum()])
+        sums += torch.stack([parts["mlkp"], parts["mlkp"].new_tensor(len(batch["targets"]))])
     if world_size() > 1:
         dist.all_reduce(sums)
+    h_dist = distances(model, [data.session(row) for row in rows if config.vhm_weight], config)
     model.train(was_training)
-    mlkp = float(sums[0] / sums[1])
+    mlkp = float(sums[0] / sums[1].clamp(min=1))
     if not config.vhm_weight:
         return {"loss": config.mask_weight * mlkp, "mlkp": mlkp}
-    h_dist = distances(model, [data.session(row) for row in rows], config)
     vhm = float((h_dist - model.centre.cpu()).square().mean())
     return {"loss": config.mask_weight * mlkp + config.vhm_weight * vhm, "mlkp": mlkp, "vhm": vhm,
-            "spread": float(h_dist.std(0).mean())}
+            "spread": float(h_dist.std(0, correction=0).mean())}
 
 
 def ask_each(sessions, bag):
@@ -414,7 +411,7 @@ def ask_each(sessions, bag):
     row = np.concatenate([(np.cumsum(passes) - passes)[owner] + turn, passes.sum() + np.arange(B)])
     column, ends = np.concatenate([place, length]) + 1, np.arange(len(row)) >= len(owner)
     tokens[row, column] = np.where(ends, NEXT, MASK)
-    target = np.concatenate([keys[owner, place], np.full(B, EOS)]) - FIRST_CLASS
+    target = np.concatenate([keys[owner, place], np.full(B, EOS)]) - EOS
     return tokens, np.pad(gaps[source], ((0, 0), (1, 1))), row, column, target, np.concatenate([owner, np.arange(B)])
 
 
@@ -435,11 +432,11 @@ def surprise(model, sessions, bag, tokens_at_once=32768):
         for a in range(0, len(tokens), size):       # one turn, but for a long session
             now = np.flatnonzero((row >= a) & (row < a + size))
             x, g, r, c, t = cast((tokens[a:a + size], gaps[a:a + size], row[now] - a, column[now], target[now]), device)
-            logits, _ = model(x, torch.full((len(x),), bag, device=device), g)
-            logp = logits[r, c].float().log_softmax(-1)
+            logits, _ = model(x, torch.full((len(x),), bag, device=device), r * x.shape[1] + c, g)
+            logp = logits.float().log_softmax(-1)
             mine, (best, likeliest) = logp.gather(1, t.clamp(min=0)[:, None]), logp.max(1)
             mine = torch.where(t[:, None] < 0, -model.unseen, mine)     # UNK has no class
-            found = [-mine[:, 0], (logp > mine).sum(1), likeliest + FIRST_CLASS, -best]
+            found = [-mine[:, 0], (logp > mine).sum(1), likeliest + EOS, -best]
             answer[now] = torch.stack([part.float() for part in found], 1).cpu().numpy()
         answer[:, 0] = metrics.round_scores(answer[:, 0])
         for i, session in enumerate(some):
@@ -451,9 +448,8 @@ def surprise(model, sessions, bag, tokens_at_once=32768):
 
 def score_sessions(model, sessions, config):
     """Detectors' scores of sessions, each the higher the more anomalous -> dict name -> (n,) float64. Per view taught:
-    its name, the largest -log p over keys (distinct ones, in a bag) and end; top 2, the sum of the two largest; misses,
-    how many are not among the top_g likeliest, as LogBERT counts. both: the larger of the views'. distance: to the
-    centre, with a hypersphere."""
+    its name, the largest -log p over keys (in a bag distinct ones) and end; top 2, the sum of the two largest; misses,
+    how many are not among the top_g likeliest. both: the larger of the views'. distance: of h_DIST to the centre."""
     scores, views = {}, VIEWS[config.view]
     for view in views:
         asked, which = sessions, range(len(sessions))
@@ -484,12 +480,12 @@ def explain(model, session, texts, config):
     view = max(answers, key=lambda view: answers[view][:, 0].max())
     place = int(answers[view][:, 0].argmax())
     nll, _, likeliest, best = answers[view][place]
-    n, ends = len(texts), place == len(texts)
-    key = "the end" if ends else f"{texts[place]!r}" + " (never seen in training)" * int(session.ids[place] == UNK)
-    where = "after" if ends else f"one of {(session.ids == session.ids[place]).sum()} among" if view == "bag" else \
-        f"number {place + 1} of"
+    what, n = "the end, after", len(texts)
+    if place < n:
+        where = f"{(session.ids == session.ids[place]).sum()} of" if view == "bag" else f"number {place + 1} of"
+        what = f"{texts[place]!r}{' (never seen in training)' * int(session.ids[place] == UNK)}, {where}"
     expected = "the end" if likeliest == EOS else repr(model.templates[int(likeliest) - FIRST_KEY])
-    return f"{key}, {where} {n} keys: p {math.exp(-nll):.1e}, expected {expected} with p {math.exp(-best):.2f}"
+    return f"{what} {n} keys: p {math.exp(-nll):.1e}, expected {expected} with p {math.exp(-best):.2f}"
 
 
 def judges(model, data, config):
@@ -671,7 +667,8 @@ def open_run(flags, device):
         fail(error)
     names = "data_dir", "detector", "quantile", "margin"
     given = {name: x for name, x in vars(flags).items() if name in names and x not in ("", -1)}
-    return folder, model, check(Config(**model.about["config"] | given))
+    config = Config(**model.about["config"] | given | {"resume": False})
+    return folder, model, settle(config, {*vars(config)})
 
 
 def main_eval(argv):
@@ -689,24 +686,29 @@ def main_score(argv):
     from data.logs.prepare import LogReader
     flags, _ = parse_flags(ScoreFlags, argv, "Score the sessions of a new log.")
     folder, model, config = open_run(flags, launch(flags.device))
+    if not flags.input or flags.batch_size < 1:
+        fail("--input FILE is the log to score (- for standard input); --batch_size must be above 0")
+    reader, flagged = LogReader(model.about["data"]["parser"], model.templates), []
+    read = reader.sessions(flags.input)
+    some = list(itertools.islice(read, flags.batch_size))       # before an older --out is touched
+    if config.use_gaps and not reader.has_times:
+        fail(f"--input {flags.input} has no times, and this model reads them (--use_gaps)")
     try:
         limit = json.loads((folder / "thresholds.json").read_text())["thresholds"][config.detector]
         Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-        file = open(flags.out, "w", newline="")
+        file = open(flags.out, "w", newline="", encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:
-        fail(f"{error!r}; python train_logbert.py eval --run_name {flags.run_name} writes thresholds.json anew")
-    if not flags.input or flags.batch_size < 1:
-        fail("--input FILE is the log to score (- for standard input); --batch_size must be above 0")
-    reader = LogReader(model.about["data"]["parser"], model.templates)
-    read, writer, flagged = reader.sessions(flags.input), csv.writer(file), []
+        fail(f"{error!r}: train_logbert.py eval --run_name {flags.run_name} writes thresholds.json; --out {flags.out}")
+    writer = csv.writer(file)
     writer.writerow(["session", "first_line", "keys", "unseen", "score", "threshold", "verdict", "explanation"])
-    while some := list(itertools.islice(read, flags.batch_size)):
+    while some:
         sessions = [Session(to_ids(one.keys, model.n_keys), np.log1p(np.float32(one.gaps))) for one in some]
         for one, session, score in zip(some, sessions, score_sessions(model, sessions, config)[config.detector]):
             texts = [model.templates[key] if key >= 0 else one.unknown[i] for i, key in enumerate(one.keys)]
             flagged.append(score > limit)
             verdict = ("anomaly", explain(model, session, texts, config)) if score > limit else ("normal", "")
             writer.writerow([one.id, one.first_line, len(texts), sum(session.ids == UNK), score, limit, *verdict])
+        some = list(itertools.islice(read, flags.batch_size))
     file.close()
     print(f"{flags.out}: {len(flagged):,} sessions, {sum(flagged):,} anomalous ({config.detector} > {limit:.4f})"
           + "".join(f"; {name} {n:,}" for name, n in reader.counts.items()))
@@ -714,17 +716,15 @@ def main_score(argv):
 
 def settle(config, given):
     """Fill in what the flags left open and refuse what cannot work for this model -> Config"""
-    return check(complete(config, given, CPU, DRY, FIXED))
-
-
-def check(config):
+    config = complete(config, given, CPU, DRY, FIXED)
     if config.n_embd % config.n_head:
         fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
-    for name in ("dropout", "mask_min", "mask_max", "next_share", "quantile"):
+    for name in ("dropout", "mask_min", "mask_max", "next_share", "quantile", "count_power"):
         if not 0 <= getattr(config, name) <= 1 or config.mask_min > config.mask_max or config.dropout == 1:
             fail(f"--{name} {getattr(config, name)}: must be in 0 ... 1, dropout below 1, mask_min not above mask_max")
-    if min(config.mask_weight, config.vhm_weight) < 0 or config.mask_weight == config.vhm_weight == 0:
-        fail(f"--mask_weight {config.mask_weight} --vhm_weight {config.vhm_weight}: not below 0, one of them above it")
+    for name in ("mask_weight", "vhm_weight", "vhm_ramp_steps", "init_gain", "warmup_init", "top_g", "margin"):
+        if getattr(config, name) < 0 or config.mask_weight == config.vhm_weight == 0:
+            fail(f"--{name} {getattr(config, name)}: must not be below 0, nor both weights 0")
     views = VIEWS.get(config.view, ("",))
     known = [view + name for view in views for name in ("", " top 2", " misses")]
     known += ["both"] * (config.view == "both") + ["distance"] * (config.vhm_weight > 0)

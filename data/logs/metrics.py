@@ -229,7 +229,7 @@ def compare(found, labels, kinds, counts, lengths, normals=0):
     labels int (n,): 0 normal, k an anomaly of kinds[k - 1]. normals > 0: how many normal sessions the ones here stand
     for; their counts are scaled to it."""
     anomaly, weight, table = labels > 0, counts.astype(np.float64), {}
-    if normals:
+    if normals and not anomaly.all():
         weight[~anomaly] *= normals / weight[~anomaly].sum()
     for name, (scores, threshold) in found.items():
         flagged = round_scores(scores) > threshold
