@@ -20,7 +20,6 @@ What used to break here                                       and what stops it
   one NaN weight, then every batch skipped in silence           guard.step; more than max_skips stop the run
   a centre that is recomputed, on which all h_DIST collapse     set_centre, once; spread is logged
   threshold, g and mask ratio chosen on the test labels         thresholds of held-out normal sessions, before the test
-  short sessions left out of the test                           all are scored; F1 of the long ones stands beside
   a random mask at test time                                    surprise: every key in turn, of each distinct session
 
 Guo, Yuan, Wu 2021 (LogBERT, arXiv 2103.04475; equations 3, 4). Landauer et al. 2023 on what such benchmarks measure.
@@ -99,9 +98,9 @@ class Config:
     use_gaps: bool = False  # also read the seconds between lines
     mask_weight: float = 1.0  # of the masked log-key loss
     vhm_weight: float = 0.0  # of the hypersphere loss; LogBERT's is .1
-    vhm_ramp_steps: int = 0  # steps from the run's start over which vhm_weight grows to its full size
-    init_gain: float = 0.0  # xavier_normal with this gain, as the fix record's .1; 0: normal, sd .02
-    warmup_init: float = 0.0  # learning rate at which the warm-up starts
+    vhm_ramp_steps: int = 0  # steps over which vhm_weight grows to its full size once it is on
+    init_gain: float = 0.0  # xavier_normal with this gain, as the fix record's .1; 0: normal, sd .02, embeddings .1
+    warmup_init: float = 0.0  # learning rate from which the warm-up rises
     top_g: int = 6  # a key that is not among the g likeliest is a miss
     quantile: float = 0.998  # of held-out normal sessions' scores, the threshold but for the margin
     margin: float = 0.5  # nats on top of it, for the few held-out sessions that set it
@@ -127,7 +126,6 @@ class Session(NamedTuple):
 
 @dataclass(eq=False)
 class Data:
-    """All sessions, back to back."""
     meta: dict  # of the data set: templates, n_train_keys, kinds, test_normals, parser, ..., and ids, of the sessions
     keys: np.ndarray  # (sum of lengths,) uint16, indices into the templates
     table: np.ndarray  # (sum of lengths,) int64, the same as ids of the vocabulary
@@ -176,8 +174,8 @@ def load_data(config, device="cpu"):
             "keys", "offsets", "labels", "unique", "split"))
         meta["ids"] = (folder / "sessions.txt").read_text(encoding="utf-8").split("\n")
         gaps = np.log1p(np.load(folder / "gaps.npy")) if meta["has_gaps"] else np.zeros(len(keys), np.float32)
-    except (OSError, ValueError) as error:
-        fail(f"--data_dir {folder}: {error}; make one with python data/logs/prepare.py --input FILE --name N")
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"--data_dir {folder}: {error!r}; make one with python data/logs/prepare.py --input FILE --name N")
     rows = {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
@@ -296,7 +294,7 @@ class LogBERT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.LayerNorm(config.n_embd), nn.Linear(config.n_embd, ids - EOS)
-        self.register_buffer("centre", torch.zeros(config.n_embd))     # of the hypersphere, set once by set_centre
+        self.register_buffer("centre", torch.zeros(config.n_embd)), self.register_buffer("since", torch.zeros(()))
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02 if config.init_gain else 0.1)
@@ -340,7 +338,7 @@ def compute_loss(model, batch, step, config):
         mlkp = F.cross_entropy(logits.float(), batch["targets"], reduction="sum") / batch["count"]
         loss, parts = config.mask_weight * mlkp, {"mlkp": mlkp}
         if config.vhm_weight:
-            grown = min(1.0, step / config.vhm_ramp_steps) if config.vhm_ramp_steps else 1.0
+            grown = ((step + 1 - unwrap(model).since) / max(1, config.vhm_ramp_steps)).clamp(0, 1)
             vhm = (h_dist - unwrap(model).centre).square().mean(-1).sum() / batch["rows"]
             loss, parts = loss + config.vhm_weight * grown * vhm, parts | {"vhm": vhm}
         return loss, parts
@@ -358,13 +356,13 @@ def distances(model, sessions, config):
     return torch.cat([torch.zeros(0, len(model.centre)), *rows])
 
 
-def set_centre(model, data, config):
-    """Fix the hypersphere's centre: the mean of h_DIST over the training rows under the first weights (all ranks)."""
+def set_centre(model, data, config, step=0):
+    """Fix the hypersphere's centre, the mean of h_DIST over the training rows (all ranks), and the step since when."""
     rows = data.rows["train"]
     total = distances(model, [data.session(row) for row in rows[rank()::world_size()]], config).sum(0).to(data.device)
     if world_size() > 1:
         dist.all_reduce(total)
-    model.centre.copy_(total / len(rows))
+    model.centre.copy_(total / len(rows)), model.since.fill_(step)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation, samples
@@ -435,10 +433,10 @@ def surprise(model, sessions, bag, tokens_at_once=32768):
             logits, _ = model(x, torch.full((len(x),), bag, device=device), r * x.shape[1] + c, g)
             logp = logits.float().log_softmax(-1)
             mine, (best, likeliest) = logp.gather(1, t.clamp(min=0)[:, None]), logp.max(1)
-            mine = torch.where(t[:, None] < 0, -model.unseen, mine)     # UNK has no class
+            mine = torch.where(t[:, None] < 0, -math.inf, mine)         # UNK has no class: all others are likelier
             found = [-mine[:, 0], (logp > mine).sum(1), likeliest + EOS, -best]
             answer[now] = torch.stack([part.float() for part in found], 1).cpu().numpy()
-        answer[:, 0] = metrics.round_scores(answer[:, 0])
+        answer[:, 0] = metrics.round_scores(np.where(target < 0, model.unseen, answer[:, 0]))
         for i, session in enumerate(some):
             mine, ids = answer[owner == i], sessions[session].ids
             which = np.unique(ids, return_inverse=True)[1] if bag else np.arange(len(ids))
@@ -469,7 +467,7 @@ def score_sessions(model, sessions, config):
         scores["both"] = np.maximum(scores["bag"], scores["ordered"])
     if config.vhm_weight:
         squares = (distances(model, sessions, config) - model.centre.cpu()).square()
-        scores["distance"] = metrics.round_scores(squares.mean(1).numpy())
+        scores["distance"] = metrics.round_scores(squares.sum(1).numpy())
     return scores
 
 
@@ -492,11 +490,6 @@ def judges(model, data, config):
     """What metrics.py asks of a model: score(rows) -> dict detector -> (n,), and explain(row, texts) -> str."""
     return (lambda rows: score_sessions(model, [data.session(row) for row in rows], config),
             lambda row, texts: explain(model, data.session(row), texts, config))
-
-
-def report(model, data, config, folder, log=print):
-    """The final table, model beside floors -> dict of all its numbers (empty but on rank 0); see metrics.report."""
-    return {} if rank() > 0 else metrics.report(data, *judges(model, data, config), config, folder, log)
 
 
 # --------------------------------------------------------------------------------------------------- training loop
@@ -548,8 +541,9 @@ def run_training(config, device):
         fail(f"the newest checkpoint is of step {start}, beyond --max_steps {max_steps}: nothing to do")
 
     run = Run(config, start, {"max_steps": max_steps, "steps_per_epoch": steps_per_epoch, "global_batch": global_batch})
-    if config.vhm_weight and not raw_model.centre.any():        # also when a resume brings the hypersphere back
-        set_centre(raw_model, data, config)
+    if config.vhm_weight and not raw_model.centre.any():        # with a resume too: what was best had no hypersphere
+        set_centre(raw_model, data, config, start)
+        best = math.inf
     model = wrap_ddp(torch.compile(raw_model) if config.compile else raw_model, device).train()
 
     def examine(step, now):                         # the guard calls it once, for the first bad step of a run
@@ -598,7 +592,7 @@ def run_training(config, device):
                             tensors = model_tensors(raw_model)
                             write_file(folder / "best.safetensors", tensors, {"about": raw_model.about, "step": step})
                 if every(step, config.sample_every) and run.main:
-                    metrics.write_samples(folder / f"samples/step-{step:08d}.txt", data, data.rows["val"],
+                    metrics.write_samples(folder / f"samples/step-{step:08d}.txt", data, data.rows["val"][:500],
                                           *judges(raw_model.eval(), data, config), config.detector)
                     raw_model.train()
                 if last or stop or every(step, config.save_every):
@@ -630,7 +624,8 @@ def run_training(config, device):
         return {"step": step, "best": best}
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
-    table = report(load_model(folder / "best.safetensors", device), data, config, folder, log=run.log)
+    judged = judges(load_model(folder / "best.safetensors", device), data, config)
+    table = metrics.report(data, *judged, config, folder, run.log) if run.main else {}
     agree(0, device)                                # the others wait for the samples
     return {"step": step, "best": best, "table": table}
 
@@ -641,7 +636,8 @@ class ScoreFlags:
     run_name: str = ""  # whose best.safetensors and thresholds.json
     out_dir: str = "out"  # where runs are
     input: str = ""  # log of the kind that was trained on, .gz too; - reads standard input
-    out: str = "scores.csv"  # where to write: one row per session, in the order in which they end
+    out: str = "scores.csv"  # where to write: one row per session, those still open at the end in order of their start
+    session_timeout: float = 0.0  # seconds after its last line at which a session ends; 0: as the data set was prepared
     detector: str = ""  # whose verdict counts; empty: the run's own
     batch_size: int = 512  # sessions scored at once
     device: str = "auto"  # auto, cuda, mps, cpu
@@ -653,8 +649,8 @@ class EvalFlags:
     out_dir: str = "out"  # where runs are
     data_dir: str = ""  # prepared data; empty: the run's own
     detector: str = ""  # whose verdict counts; empty: the run's own
-    quantile: float = -1.0  # of held-out scores; -1: the run's own
-    margin: float = -1.0  # nats on top of it; -1: the run's own
+    quantile: float = -1.0  # of held-out scores; -1: the run's own. Rewrites thresholds.json, by which score flags
+    margin: float = -1.0  # nats on top of it; -1: the run's own. The same
     device: str = "auto"  # auto, cuda, mps, cpu
 
 
@@ -678,7 +674,8 @@ def main_eval(argv):
     data = load_data(config, device)
     if data.about != model.about["data"]:
         fail(f"--data_dir {config.data_dir}: its log keys or its training sessions are not the model's")
-    report(model, data, config, folder)
+    if rank() == 0:
+        metrics.report(data, *judges(model, data, config), config, folder)
     finish()
 
 
@@ -688,11 +685,12 @@ def main_score(argv):
     folder, model, config = open_run(flags, launch(flags.device))
     if not flags.input or flags.batch_size < 1:
         fail("--input FILE is the log to score (- for standard input); --batch_size must be above 0")
-    reader, flagged = LogReader(model.about["data"]["parser"], model.templates), []
+    timeout = {"session_timeout": flags.session_timeout} if flags.session_timeout else {}
+    reader, flagged = LogReader(model.about["data"]["parser"] | timeout, model.templates), []
     read = reader.sessions(flags.input)
     some = list(itertools.islice(read, flags.batch_size))       # before an older --out is touched
-    if config.use_gaps and not reader.has_times:
-        fail(f"--input {flags.input} has no times, and this model reads them (--use_gaps)")
+    if not some or config.use_gaps and not reader.has_times:
+        fail(f"--input {flags.input}: no session, or no times although the model reads them; {dict(reader.counts)}")
     try:
         limit = json.loads((folder / "thresholds.json").read_text())["thresholds"][config.detector]
         Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
@@ -720,11 +718,13 @@ def settle(config, given):
     if config.n_embd % config.n_head:
         fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
     for name in ("dropout", "mask_min", "mask_max", "next_share", "quantile", "count_power"):
-        if not 0 <= getattr(config, name) <= 1 or config.mask_min > config.mask_max or config.dropout == 1:
-            fail(f"--{name} {getattr(config, name)}: must be in 0 ... 1, dropout below 1, mask_min not above mask_max")
+        if not 0 <= getattr(config, name) <= 1 - (name == "dropout") * 1e-9:
+            fail(f"--{name} {getattr(config, name)}: must be in 0 ... 1, a dropout below 1")
     for name in ("mask_weight", "vhm_weight", "vhm_ramp_steps", "init_gain", "warmup_init", "top_g", "margin"):
-        if getattr(config, name) < 0 or config.mask_weight == config.vhm_weight == 0:
-            fail(f"--{name} {getattr(config, name)}: must not be below 0, nor both weights 0")
+        if getattr(config, name) < 0:
+            fail(f"--{name} {getattr(config, name)}: must not be below 0")
+    if config.mask_min > config.mask_max or config.mask_weight + config.vhm_weight == 0:
+        fail(f"--mask_min {config.mask_min} --mask_weight {config.mask_weight}: mask_min not above mask_max, weights not 0")
     views = VIEWS.get(config.view, ("",))
     known = [view + name for view in views for name in ("", " top 2", " misses")]
     known += ["both"] * (config.view == "both") + ["distance"] * (config.vhm_weight > 0)

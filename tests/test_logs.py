@@ -158,6 +158,15 @@ def test_events_as_csv(tmp_path):
     assert result.counts["rejected"] == {"wrong number of columns": 1}
     sessions, _ = read(result, tmp_path / "in.csv")
     assert [row.keys for row in sessions] == [[0, 1]] * 20
+    named = build(tmp_path, ["session,key", *(f"s{i // 2},read: {'ab'[i % 2]}" for i in range(40)), "s30,E5: x"],
+                  name="named", file="named.csv")
+    templates = named.meta["templates"]             # no words behind a number: the key's own name
+    assert sorted(templates) == ["E5: x", "read: a", "read: b"]
+    sessions, reader = read(named, tmp_path / "named.csv")
+    assert [[templates[key] for key in row.keys] for row in sessions] == [["read: a", "read: b"]] * 20 + [["E5: x"]]
+    (tmp_path / "foreign.csv").write_text("session,key\ns1,read: c\n")
+    sessions, reader = read(named, tmp_path / "foreign.csv")
+    assert sessions[0].keys == [-1] and reader.counts["log key that is not in the data set"] == 1
     iso = [f"2024-01-01T00:00:{i:02d},s{i // 4},1" for i in range(40)]
     bad = ["noon,s9,1", "2024-01-01T00:00:50,,1", "2024-01-01T00:00:50,s9,"]
     result = build(tmp_path, ["time,session,key", *iso, *bad], name="iso")

@@ -302,6 +302,8 @@ def test_what_cannot_be_scored(trained, cannot_score, tmp_path):
     assert "no.log" in cannot_score(input=tmp_path / "no.log") and "--input" in cannot_score(input="")
     assert "--batch_size" in cannot_score(batch_size=0) and "--detector" in cannot_score(detector="distance")
     assert "--detector" in cannot_score(detector="distance") and "did you mean --input" in cannot_score(inpt="x")
+    (tmp_path / "other.log").write_text("a line of another kind\n" * 30)
+    assert "other.log" in cannot_score(input=tmp_path / "other.log")
     (tmp_path / "empty.log").write_text("")
     assert "empty.log" in cannot_score(input=tmp_path / "empty.log")
     (tmp_path / "run/thresholds.json").write_text("{")
@@ -411,8 +413,14 @@ def test_the_centre_is_set_once(straight, data):
 def test_a_resume_can_bring_the_hypersphere_back(data, tmp_path):
     """As the fix record plans. A centre of zeros would be as far from every h_DIST, and the loss have no gradient."""
     train_here(data, tmp_path / "run", max_steps=3)
-    train_here(data, tmp_path / "run", max_steps=6, resume=True, vhm_weight=0.1)
-    assert last_checkpoint(tmp_path / "run")[1]["model.centre"].norm() > 0.1
+    train_here(data, tmp_path / "run", max_steps=6, resume=True, vhm_weight=0.1, learning_rate=1e-12)
+    _, tensors, _ = last_checkpoint(tmp_path / "run")
+    assert tensors["model.centre"].norm() > 0.1 and tensors["model.since"] == 3
+    best = train_logbert.load_model(tmp_path / "run/best.safetensors")  # also if nothing got better since
+    assert best.centre.norm() > 0.1 and best.about["config"]["vhm_weight"] == 0.1
+    train_logbert.main(["eval", "--run_name", "run", "--out_dir", str(tmp_path), "--device", "cpu", "--detector",
+                        "distance"])
+    assert strict(tmp_path / "run/eval.json")["thresholds"]["distance"] < 60    # 64 were all of h_DIST from 0
 
 
 @pytest.mark.parametrize("vhm_weight", [0.01, 0.1])

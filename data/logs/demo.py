@@ -35,7 +35,7 @@ DEMO_EVENTS = {
 }
 DEMO_KINDS = ("missing step", "extra step", "wrong order", "unseen key", "early end")
 DEMO_SESSIONS, DEMO_NEW = 8_000, 300
-DEMO_RECIPE = 1                                    # raised when another log comes out, so that old sets are rebuilt
+DEMO_RECIPE = 1                                    # raised when another log comes out: prepare.py rebuilds old sets
 DEMO_FLAGS = ["--header", r"(?P<time>\S+ \S+) \w+ \S+: (?P<content>.*)", "--session", r"\bblk_\d+",
               "--time_format", "%Y-%m-%d %H:%M:%S"]
 

@@ -163,6 +163,7 @@ class BigramLM:
 
 # ------------------------------------------------------------------------------------------------------ table, picture
 NATS = "bag", "bag top 2", "ordered", "ordered top 2", "both"           # detectors whose scores are -log p
+TIE = 2e-4                                         # two rounding steps: equal sessions may differ by one
 
 
 def report(data, score, explain, config, folder, log=print):
@@ -172,15 +173,17 @@ def report(data, score, explain, config, folder, log=print):
     Thresholds are the config.quantile of the held-out sessions' scores, for -log p with config.margin on top, and are
     written down before a test row is read. Writes thresholds.json, eval.json, samples/final.txt, samples/scores.png."""
     def of(split):
-        """One row of each (key sequence, anomalous or not) that has a label, and counts; with gaps all rows."""
+        """One row of each (key sequence, anomalous or not), of test only those with a label, and counts; or all."""
         rows = data.rows[split][(data.labels[data.rows[split]] >= 0) | (split != "test")]
         index, counts = distinct(data.unique[rows], data.labels[rows] > 0)
         return (rows, np.ones(len(rows))) if config.use_gaps else (rows[index], counts)
 
     def tuples(rows):
-        return [tuple(data.session(row).ids.tolist()) for row in rows]
+        """Of the keys themselves: a look-up may tell unseen ones apart."""
+        return [tuple(data.keys[data.start[row]:data.start[row] + data.length[row]].tolist()) for row in rows]
+
     (fit, fit_counts), (held, held_counts) = of("train"), of("val")
-    thresholds = {name: quantile_threshold(scores, held_counts, config.quantile) + config.margin * (name in NATS)
+    thresholds = {name: quantile_threshold(scores, held_counts, config.quantile) + config.margin * (name in NATS) + TIE
                   for name, scores in score(held).items()}
     about = {"quantile": config.quantile, "margin": config.margin, "held_out": int(held_counts.sum()),
              "thresholds": thresholds}
@@ -199,9 +202,12 @@ def report(data, score, explain, config, folder, log=print):
     log(f"{int(counts.sum()):,} test sessions, {int(counts[labels > 0].sum()):,} anomalous, {len(rows):,} distinct, "
         f"scored in {seconds:.1f} s; thresholds: quantile {config.quantile} of {about['held_out']:,} held-out normal "
         f"sessions, of -log p + {config.margin}")
+    values, threshold = found[config.detector]
+    if config.detector in NATS and threshold >= data.about["unseen"]:
+        log(f"a key that was never seen in training scores {data.about['unseen']:.2f} and raises no alarm by itself: "
+            "held-out sessions hold such keys too, or the training set is small")
     if about["held_out"] * (1 - config.quantile) < 1:
         log(f"of so few held-out sessions the quantile {config.quantile} is the largest score: a threshold by chance")
-    values, threshold = found[config.detector]
     write_samples(folder / "samples/final.txt", data, rows, lambda rows: scores, explain, config.detector)
     draw_scores(folder / "samples/scores.png", values, labels > 0, counts, threshold, config.detector)
     plain = json.dumps(about | {"seconds": seconds, "table": table})    # NaN and Inf become null
@@ -210,7 +216,8 @@ def report(data, score, explain, config, folder, log=print):
 
 
 def write_samples(path, data, rows, score, explain, detector, n=10):
-    """The n most anomalous of some rows by a detector, in words: why, and all their lines."""
+    """The n most anomalous of some rows by a detector, in words: why, and all their lines. Of a distance there is no
+    why: the least likely key is told."""
     path.parent.mkdir(exist_ok=True)
     scores, names = score(rows)[detector], ["normal", *data.meta["kinds"], "unknown"]       # label -1 is the last
     with open(path, "w", encoding="utf-8") as file:

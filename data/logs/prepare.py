@@ -289,8 +289,8 @@ class LogReader:
         self.max_keys, self.timeout = parser.get("max_keys", MAX_KEYS), parser.get("session_timeout", 0)
         self.names = {}                             # of ready-made keys: "5" of "5", "5" and "E5" of "E5: words"
         for i, text in enumerate(templates):
-            name, colon, _ = text.partition(": ")
-            self.names |= {name: i} | ({name[1:]: i} if colon and name.startswith("E") else {})
+            number = re.match(r"E(\S+): ", text)   # any other ": " belongs to the name of the key
+            self.names |= {text: i} | ({number[1]: i, f"E{number[1]}": i} if number else {})
 
     def reject(self, line, reason, text=""):
         self.counts[reason] += 1
@@ -401,6 +401,7 @@ class LogReader:
             if key >= MAX_TEMPLATES:
                 fail(f"more than {MAX_TEMPLATES:,} different log keys, such as {name!r}: for a raw log give --format")
             self.templates.append(f"E{name.removeprefix('E')}: {words}" if words else name)
+        self.counts["log key that is not in the data set"] += key < 0
         return key
 
     def sequences(self, head, lines, path):
