@@ -104,7 +104,7 @@ class Config:
     top_g: int = 6  # a key that is not among the g likeliest is a miss
     quantile: float = 0.998  # of held-out normal sessions' scores, the threshold but for the margin
     margin: float = 0.5  # nats on top of it, for the few held-out sessions that set it
-    detector: str = ""  # whose verdict counts: bag, ordered, both or others of the table; empty: the first taught
+    detector: str = ""  # whose verdict counts: bag, ordered, both or others of the table; empty: as view
 
 
 CPU = {}                                            # the sizes above suit a CPU as well
@@ -724,11 +724,11 @@ def settle(config, given):
         if getattr(config, name) < 0:
             fail(f"--{name} {getattr(config, name)}: must not be below 0")
     if config.mask_min > config.mask_max or config.mask_weight + config.vhm_weight == 0:
-        fail(f"--mask_min {config.mask_min} --mask_weight {config.mask_weight}: mask_min not above mask_max, weights not 0")
+        fail(f"--mask_min {config.mask_min}: mask_min not above mask_max; --mask_weight {config.mask_weight}: not 0")
     views = VIEWS.get(config.view, ("",))
     known = [view + name for view in views for name in ("", " top 2", " misses")]
     known += ["both"] * (config.view == "both") + ["distance"] * (config.vhm_weight > 0)
-    config = dataclasses.replace(config, detector=config.detector or views[0])
+    config = dataclasses.replace(config, detector=config.detector or config.view)
     for name, choices in {"view": VIEWS, "detector": known}.items():
         if getattr(config, name) not in choices:
             fail(f"--{name} {getattr(config, name)}: one of {', '.join(choices)}")

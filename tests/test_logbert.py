@@ -772,7 +772,7 @@ def test_short_sessions_are_scored(tmp_path):
     bag = table["bag"]
     assert (bag["P"], bag["R"], bag["FPR"]) == (1.0, 0.25, 0.0) and math.isnan(bag["F1 len>=10"])
     text = (tmp_path / "run/samples/final.txt").read_text()
-    assert text.startswith("s51: bag 5.") and "labelled anomaly" in text and "(never seen in training)" in text
+    assert text.startswith("s51: both 5.") and "labelled anomaly" in text and "(never seen in training)" in text
     assert limits["thresholds"]["bag"] == pytest.approx(math.log(7) + 0.5 + metrics.TIE, abs=1e-4)
 
 
@@ -836,7 +836,7 @@ def test_the_records_recipe_parses_and_hardly_trains(folder, tmp_path):
                   vhm_weight=0.0, vhm_ramp_steps=0, max_epochs=200)
     assert {name: getattr(config, name) for name in given} == wanted
     settled = train_logbert.settle(config, given)
-    assert {name: getattr(settled, name) for name in given} == wanted and settled.detector == "bag"
+    assert {name: getattr(settled, name) for name in given} == wanted and settled.detector == "both"
     best = {}
     for name, fields in {"recipe": wanted, "default": dict(warmup_steps=10)}.items():
         answer = train_here(folder, tmp_path / name, max_steps=200, log_every=50,
@@ -855,8 +855,7 @@ def test_the_records_recipe_parses_and_hardly_trains(folder, tmp_path):
 def test_flags(monkeypatch, capsys, words, fields):
     config, given = parse_flags(Config, words.split(), train_logbert.__doc__, train_logbert.ALIASES)
     assert vars(config) == vars(Config()) | fields and given == set(fields)
-    first = {"both": "bag"}.get(config.view, config.view)
-    assert vars(train_logbert.settle(config, given)) == vars(config) | {"detector": first}
+    assert vars(train_logbert.settle(config, given)) == vars(config) | {"detector": config.view}
 
 
 def test_rounding_is_shared_with_the_thresholds():

@@ -139,12 +139,12 @@ def test_measurements_are_strict_json(dry):
 def test_the_samples_name_keys_places_and_what_was_expected(dry):
     blocks = re.split(r"^(?=blk_)", (dry[0][0] / "out/first/samples/final.txt").read_text(), flags=re.M)[1:]
     assert len(blocks) == 10
-    scores = [float(re.match(r"blk_\d+: bag (\d+\.\d\d), labelled \w", block)[1]) for block in blocks]
+    scores = [float(re.match(r"blk_\d+: both (\d+\.\d\d), labelled \w", block)[1]) for block in blocks]
     assert scores == sorted(scores, reverse=True)
     for block in blocks:
         _, reason, *lines = block.splitlines()
         assert [int(line.split()[0]) for line in lines] == list(range(1, len(lines) + 1))
-        why = re.fullmatch(r"  ('.+'|the end)( \(never seen in training\))?, (?:(\d+) of|after) (\d+) keys: "
+        why = re.fullmatch(r"  ('.+'|the end)( \(never seen in training\))?, (?:(\d+) of|number \d+ of|after) (\d+) keys: "
                            r"p \d\.\de-?\+?\d\d, expected ('.+'|the end) with p \d\.\d\d", reason)
         assert why and int(why[4]) == len(lines), reason
         if why[3] and not why[2]:                                       # all unseen keys are one to the model
@@ -155,9 +155,9 @@ def test_the_samples_name_keys_places_and_what_was_expected(dry):
 def test_a_floor_that_wins_is_told(dry):
     end, table = dry[0][1], strict(dry[0][0] / "out/first/eval.json")["table"]
     best = max(FLOORS, key=lambda name: table[name]["F1"] or 0)
-    warned = f"WARNING: the floor {best!r} does better than 'bag'" in end.out
-    assert (table[best]["F1"] > table["bag"]["F1"]) == warned
-    assert re.search(r"^bag +\* ", end.out, re.M)
+    warned = f"WARNING: the floor {best!r} does better than 'both'" in end.out
+    assert (table[best]["F1"] > table["both"]["F1"]) == warned
+    assert re.search(r"^both +\* ", end.out, re.M)
 
 
 def test_it_runs_with_three_packages_and_without_git(dry):
@@ -256,7 +256,7 @@ def test_sessions_at_once_zipped_piped_and_sampled_score_the_same(trained, score
     with open(out, newline="") as file:
         assert list(csv.DictReader(file)) == scored
     flagged = sum(row["verdict"] == "anomaly" for row in scored)
-    assert f"{out}: {len(scored)} sessions, {flagged} anomalous (bag > " in capsys.readouterr().out
+    assert f"{out}: {len(scored)} sessions, {flagged} anomalous (both > " in capsys.readouterr().out
 
 
 def test_another_detectors_verdict(trained, tmp_path):
