@@ -144,7 +144,8 @@ def test_the_samples_name_keys_places_and_what_was_expected(dry):
     for block in blocks:
         _, reason, *lines = block.splitlines()
         assert [int(line.split()[0]) for line in lines] == list(range(1, len(lines) + 1))
-        why = re.fullmatch(r"  ('.+'|the end)( \(never seen in training\))?, (?:(\d+) of|number \d+ of|after) (\d+) keys: "
+        why = re.fullmatch(r"  ('.+'|the end)( \(never seen in training\))?, "
+                           r"(?:(\d+) of|number \d+ of|after) (\d+) keys: "
                            r"p \d\.\de-?\+?\d\d, expected ('.+'|the end) with p \d\.\d\d", reason)
         assert why and int(why[4]) == len(lines), reason
         if why[3] and not why[2]:                                       # all unseen keys are one to the model
