@@ -212,7 +212,7 @@ def test_one_process_two_processes_and_micro_batches_have_the_same_gradient(fold
 
 
 def test_every_row_asks_and_masks_never_meet_prefixes(data):
-    """And what is asked for is the session's own key, or its end; nothing behind a prefix is seen."""
+    """And what is asked for is the very key, or the end; nothing behind a prefix is seen."""
     config = small_config(batch_size=32)
     asked, ends, kinds = Counter(), 0, Counter()
     for step in range(60):

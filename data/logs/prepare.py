@@ -78,7 +78,7 @@ class Session(NamedTuple):
     id: str
     first_line: int                                # 1-based
     keys: list[int]                                # index into the templates, -1: matches none
-    gaps: list[float]                              # seconds since the session's previous line, 0 for its first
+    gaps: list[float]                              # seconds since the line before, 0 for the first
     label: int                                     # 0 normal, 1 anomaly, -1 unknown
     unknown: dict[int, str]                        # position of a line that matches no template -> its masked text
 
