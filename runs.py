@@ -106,7 +106,7 @@ def complete(config, given, cpu, dry, fixed):
         if getattr(config, name, 1) <= 0:
             fail(f"--{name} {getattr(config, name)}: must be above 0")
     for name in ("seed", "warmup_steps", "beta1", "beta2", "weight_decay", "grad_clip", "max_skips"):
-        if getattr(config, name) < 0 or max(config.beta1, config.beta2) >= 1:
+        if not 0 <= getattr(config, name) < (1 if name.startswith("beta") else math.inf):
             fail(f"--{name} {getattr(config, name)}: must not be below 0, --beta1 and --beta2 below 1")
     for name, choices in {"on_nonfinite": ("skip", "stop"), "wandb": ("", "offline", "online")}.items():
         if getattr(config, name) not in choices:

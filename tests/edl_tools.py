@@ -133,13 +133,22 @@ def training(fault, folder, **fields):
     return [*([Path(__file__), fault] if fault else [ROOT / "train_edl.py"]), *flags_of(**fields)]
 
 
-def start_pair(fault, folder, **fields):
+def start_pair(fault, folder, training=training, **fields):
     """Two processes of one run, as torchrun would start them: but each one's exit code can be seen."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     return [start(*training(fault, folder, **fields), cwd=folder.parent, RANK=str(rank), LOCAL_RANK=str(rank),
                   WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+
+
+def finite(tensors):
+    return all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def one_line(error):
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
+    return error
 
 
 def weights_of(model):

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ if __name__ == "__main__":
 
 import common  # noqa: E402
 import train_logbert  # noqa: E402
-from edl_tools import flags_of, start, weights_of  # noqa: E402
+from edl_tools import flags_of, weights_of  # noqa: E402
 from runs import steps_in  # noqa: E402
 from train_logbert import FIRST_KEY, Session  # noqa: E402
 
@@ -191,15 +190,6 @@ def training(fault, folder, **fields):
     """The command that trains into folder, with faults as arm() knows them or '' for the plain script."""
     fields = dict(out_dir=folder.parent, run_name=folder.name) | SMALL | fields
     return [*([Path(__file__), fault] if fault else [ROOT / "train_logbert.py"]), *flags_of(**fields)]
-
-
-def start_pair(fault, folder, **fields):
-    """Two processes of one run, as torchrun would start them: but each one's exit code can be seen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [start(*training(fault, folder, **fields), cwd=folder.parent, RANK=str(rank), LOCAL_RANK=str(rank),
-                  WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
 
 
 class AtRandom:

@@ -11,14 +11,14 @@ from collections import Counter
 
 import pytest
 import torch
-from edl_tools import (ROOT, arm, assert_same_bits, build_demo, flags_of, last_checkpoint, metrics_of, small_model,
-                       start, start_pair, train_here, training, wait, write_data)
+from edl_tools import (ROOT, arm, assert_same_bits, build_demo, finite, flags_of, last_checkpoint, metrics_of, one_line,
+                       small_model, start, start_pair, train_here, training, wait, write_data)
 from PIL import Image
 
 import train_edl
 from runs import checkpoints, load_tensors, read_file
 
-SCRIPTS = ["train_edl.py", "common.py", "runs.py", "autopsy.py", "data/molecules/prepare.py",
+SCRIPTS = ["train_edl.py", "common.py", "runs.py", "autopsy.py", "data/files.py", "data/molecules/prepare.py",
            "data/molecules/metrics.py"]
 RUN = dict(max_steps=20, dropout=0.2, save_every=5, eval_every=10, log_every=5, keep=0)     # what is interrupted below
 
@@ -33,15 +33,6 @@ def undo(monkeypatch):
     """What arm() replaces in this process comes back after the test."""
     for module, name in (train_edl, "compute_loss"), (train_edl, "get_batch"), (os, "replace"):
         monkeypatch.setattr(module, name, getattr(module, name))
-
-
-def finite(tensors):
-    return all(tensor.isfinite().all() for tensor in tensors.values())
-
-
-def one_line(error):
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
-    return error
 
 
 @pytest.fixture

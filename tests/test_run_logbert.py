@@ -13,16 +13,15 @@ from collections import Counter
 
 import pytest
 import torch
-from edl_tools import assert_same_bits, last_checkpoint, metrics_of, start, wait
-from logbert_tools import (ROOT, arm, run_in_pair, small_config, start_pair, train_here, training, write_data,
-                           write_lives)
+from edl_tools import assert_same_bits, finite, last_checkpoint, metrics_of, one_line, start, start_pair, wait
+from logbert_tools import ROOT, arm, run_in_pair, small_config, train_here, training, write_data, write_lives
 from PIL import Image
 
 import autopsy
 import train_logbert
 from runs import checkpoints, read_file
 
-SCRIPTS = ["train_logbert.py", "common.py", "runs.py", "autopsy.py",
+SCRIPTS = ["train_logbert.py", "common.py", "runs.py", "autopsy.py", "data/files.py",
            *[f"data/logs/{path.name}" for path in (ROOT / "data/logs").glob("*.py")]]
 RUN = dict(max_steps=20, dropout=0.2, use_gaps=True, vhm_weight=0.1, vhm_ramp_steps=15, save_every=5, eval_every=10,
            log_every=5, keep=0)                                         # what is interrupted below
@@ -49,15 +48,6 @@ def undo(monkeypatch):
     """What arm() replaces in this process comes back after the test."""
     for module, name in (train_logbert, "compute_loss"), (train_logbert, "get_batch"), (os, "replace"):
         monkeypatch.setattr(module, name, getattr(module, name))
-
-
-def finite(tensors):
-    return all(tensor.isfinite().all() for tensor in tensors.values())
-
-
-def one_line(error):
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
-    return error
 
 
 @pytest.fixture
@@ -515,7 +505,7 @@ def straight_pair(data, pair, tmp_path_factory):
 def test_a_killed_pair_goes_on_to_the_same_bits(data, pair, straight_pair, tmp_path):
     """kill -9 of rank 1 in the middle of step 13; the resume is from step 10."""
     folder = tmp_path / "run"
-    ends = wait(*start_pair("kill:13:1", folder, data_dir=data, **RUN))
+    ends = wait(*start_pair("kill:13:1", folder, training, data_dir=data, **RUN))
     assert ends[1].code == -9 and ends[0].code not in (0, None) and ends[1].out == ""       # only rank 0 talks
     assert [int(path.stem[5:]) for path in checkpoints(folder)] == [5, 10]
     pair.run(run_in_pair, data, folder, "", RUN | dict(resume=True))

@@ -23,7 +23,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -37,6 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fail  # noqa: E402
+from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
 from data.logs.demo import (DEMO_EVENTS, DEMO_FLAGS, DEMO_KINDS, DEMO_NEW, DEMO_RECIPE, DEMO_SESSIONS,  # noqa: E402
                             write_log)
 
@@ -106,20 +106,6 @@ def read_lines(path):
         fail(f"{path} cannot be read: {error.strerror or error}")
     if not number:
         fail(f"{path} is empty")
-
-def with_progress(items, total, unit):
-    """Yield the items and say how far it is: redrawn in place on a terminal, else a line every ten seconds."""
-    terminal, start = sys.stdout.isatty(), time.monotonic()
-    shown = start
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - shown >= (0.2 if terminal else 10):
-            shown, rate = now, done / (now - start)
-            text = f"{done:,} of {total:,} {unit}, {rate:,.0f}/s, {max(total - done, 0) / rate:,.0f} s left"
-            print(f"{text}\033[K" if terminal else text, end="\r" if terminal else "\n", flush=True)
-    if terminal:
-        print("\033[K", end="", flush=True)
 
 def csv_fields(text):
     return next(csv.reader([text.replace("\r", " ")]), [])          # csv does not take these
@@ -612,24 +598,11 @@ def summary(folder, meta, took):
 
 # ------------------------------------------------------------------------------------------------------------- writing
 def save(folder, arrays, texts):
-    """Write the set next to `folder`, then rename it into place: what goes wrong before leaves an older set alone."""
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
+    with whole_folder(folder) as new:
         for name, values in arrays.items():
             np.save(new / f"{name}.npy", values, allow_pickle=False)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8", newline="\n")
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except OSError as error:
-        fail(f"cannot write {folder}: {error}")
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 def already_there(folder, sha256, settings):
     """True if the folder holds a whole set of this source and these options; fails if it holds something else."""
@@ -644,13 +617,6 @@ def already_there(folder, sha256, settings):
         return same and all((folder / name).is_file() for name in names + ["gaps.npy"] * meta["has_gaps"])
     except (ValueError, KeyError, TypeError):       # damaged: to be built again
         return False
-
-def file_sha256(path):
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror or error}")
 
 # ------------------------------------------------------------------------------------------------------------ demo set
 def build_demo(options, settings, folder):

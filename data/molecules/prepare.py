@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -46,6 +45,7 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fail  # noqa: E402
+from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
 from train_edl import SPECIALS, tokenize  # noqa: E402
 
 MAX_LINE = 10_000                                  # characters; a longer line is no molecule to learn from
@@ -258,20 +258,6 @@ def in_order(function, jobs, workers):
     finally:
         pool.shutdown(cancel_futures=True)
 
-def with_progress(items, total, unit):
-    """Yield the items and say how far it is: redrawn in place on a terminal, else a line every ten seconds."""
-    terminal, start = sys.stdout.isatty(), time.monotonic()
-    shown = start
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - shown >= (0.2 if terminal else 10):
-            shown, rate = now, done / (now - start)
-            text = f"{done:,} of {total:,} {unit}, {rate:,.0f}/s, {max(total - done, 0) / rate:,.0f} s left"
-            print(f"{text}\033[K" if terminal else text, end="\r" if terminal else "\n", flush=True)
-    if terminal:
-        print("\033[K", end="", flush=True)
-
 # -------------------------------------------------------------------------------- all rows: columns, vocabulary, splits
 def collect(results, options):
     """Kept and Rejected in file order -> (table, names of the tokens, names of the splits, list of Rejected).
@@ -418,10 +404,7 @@ def summary(folder, meta, seconds):
     print(f"  tokens      {meta['mean_tokens']:.2f} in the mean, {meta['longest']} at most")
 
 def save(folder, arrays, meta, rejected):
-    """Write the set next to `folder`, then rename it into place: what goes wrong before leaves an older set alone."""
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
+    with whole_folder(folder) as new:
         for name, values in arrays.items():
             np.save(new / f"{name}.npy", values, allow_pickle=False)
         with open(new / "rejected.jsonl", "w", encoding="utf-8") as file:
@@ -429,16 +412,6 @@ def save(folder, arrays, meta, rejected):
                 entry = {"line": row.line, "reason": row.reason, "text": row.text[:80]}
                 file.write(json.dumps(entry | ({"detail": row.detail} if row.detail else {})) + "\n")
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except OSError as error:
-        fail(f"cannot write {folder}: {error}")
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 def already_there(folder, sha256, settings):
     """True if the folder holds a whole set of this source and these options; fails if it holds something else."""
@@ -454,13 +427,6 @@ def already_there(folder, sha256, settings):
     names = ["tokens", "offsets", "split"] + ["props"] * bool(settings["props"])
     names += ["scaffold_tokens", "scaffold_offsets"] * settings["scaffold"]
     return same and all((folder / f"{name}.npy").is_file() for name in names)
-
-def file_sha256(path):
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror or error}")
 
 def url_name(url):
     return urllib.parse.unquote(urllib.parse.urlparse(url).path).rpartition("/")[2]

@@ -1,0 +1,48 @@
+"""What each prepare.py needs: progress, checksums, a folder that appears only when it is complete."""
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import time
+
+from common import fail
+
+def with_progress(items, total, unit):
+    """Yield the items and say how far it is: redrawn in place on a terminal, else a line every ten seconds."""
+    terminal, start = sys.stdout.isatty(), time.monotonic()
+    shown = start
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= (0.2 if terminal else 10):
+            shown, rate = now, done / (now - start)
+            text = f"{done:,} of {total:,} {unit}, {rate:,.0f}/s, {max(total - done, 0) / rate:,.0f} s left"
+            print(f"{text}\033[K" if terminal else text, end="\r" if terminal else "\n", flush=True)
+    if terminal:
+        print("\033[K", end="", flush=True)
+
+def file_sha256(path):
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror or error}")
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """Fill the folder that this gives; it is then renamed into place. What goes wrong leaves an older one alone."""
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except OSError as error:
+        fail(f"cannot write {folder}: {error}")
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
