@@ -7,12 +7,14 @@ python data/molecules/prepare.py --input moses.csv --name moses && python train_
 torchrun --nproc_per_node=8 train_edl.py --data_name moses --run_name big                           # eight GPUs
 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train_edl.py --data_name moses
 python train_edl.py --resume --run_name big           # goes on, bit for bit, from the newest checkpoint
-python train_edl.py eval --run_name big               # the table of metrics beside n-gram models
+python train_edl.py eval --run_name big --beside plain    # all metrics, beside another run, n-gram models and real rows
 python train_edl.py sample --run_name big --num_samples 1000 --out molecules.csv
+python train_edl.py --data_name moses --props logp,tpsa --scaffold --run_name wish    # molecules made to measure
+python train_edl.py sample --run_name wish --prop_values logp=2,tpsa=60 --scaffold_smiles c1ccc(-c2ccnnc2)cc1
 python train_edl.py --edl_loss_type mse --edl_evidence softplus --edl_kl_weight 1     # the original recipe, to compare
 
-tokens (B, T) -> embedding + position (B, T, D) -> n_layer x [causal attention, GELU MLP] -> logits (B, T, K)
--> evidence e = exp(logits) or softplus(logits) -> Dirichlet alpha = e + 1, S = sum alpha, vacuity K / S
+[scaffold | BOS + properties | molecule] (B, T) -> embedding + position (B, T, D) -> n_layer x [causal attention, GELU
+MLP] -> logits (B, T, K) -> evidence e = exp or softplus -> Dirichlet alpha = e + 1, S = sum alpha, vacuity K / S
 
 What used to break here                                       and what stops it
   lgamma and digamma in bfloat16: a KL off by 100x, negative    float32 islands, and a dirichlet_kl without cancellation
@@ -25,14 +27,12 @@ What used to break here                                       and what stops it
 Bagal et al. 2022 (MolGPT, J. Chem. Inf. Model. 62, 2064). Sensoy, Kaplan, Kandemir 2018 (evidential deep learning,
 arXiv 1806.01768; equations 3-5 below). Polykovskiy et al. 2020 (MOSES, Front. Pharmacol. 11, 565644).
 """
-import csv
 import dataclasses
 import functools
 import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -46,7 +46,8 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.molecules.metrics import NGram, canonical, describe, draw_grid
+from data.files import demo_set
+from data.molecules.report import generate_like, read_condition, report, summary, write_csv
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
 
@@ -96,9 +97,16 @@ class Config:
     edl_evidence: str = "exp"  # exp or softplus of the logits
     edl_kl_weight: float = 0.0  # of the KL to the uniform Dirichlet; the original's is 1
     edl_annealing_step: float = 10.0  # epochs over which the KL's weight grows to its full size
+    props: str = ""  # condition on these properties, as logp,tpsa: those that the data were prepared with
+    scaffold: bool = False  # condition on the Bemis-Murcko scaffold
+    train_rows: int = 0  # learn from so many training rows, drawn with the seed; 0: from all
     eval_rows: int = 4000  # validation rows looked at during training; 0: all
     gpu_ids: str = ""  # visible GPUs, as 0,1
     num_gpus: int = 0  # refuse to start with another number of processes; 0: any
+
+    @property
+    def prop_names(self):
+        return list(dict.fromkeys(filter(None, self.props.split(","))))
 
 
 CPU = dict(batch_size=16, max_epochs=8, learning_rate=2e-3, min_lr=0.02, warmup_steps=200, n_layer=4, n_head=4,
@@ -107,7 +115,8 @@ DRY = dict(batch_size=16, max_steps=20, warmup_steps=5, n_layer=2, n_head=2, n_e
            log_every=5)
 ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/molecules/{}",
            "no_edl": "use_edl=False", "wandb_online": "wandb=online"}
-FIXED = ("data_dir", "n_layer", "n_head", "n_embd", "use_edl", "edl_loss_type", "edl_evidence")   # a resume keeps them
+FIXED = ("data_dir", "n_layer", "n_head", "n_embd", "use_edl", "edl_loss_type", "edl_evidence", "props", "scaffold",
+         "train_rows")                              # a resume keeps them
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -122,65 +131,69 @@ def tokenize(smiles):
     Raises ValueError naming the first character that is no SMILES token: findall alone would drop it silently."""
     tokens = SMILES_TOKEN.findall(smiles)
     if "".join(tokens) != smiles:
-        position = 0
-        for token in tokens:
-            if not smiles.startswith(token, position):
-                break
-            position += len(token)
+        position = re.match(f"(?:{SMILES_TOKEN.pattern})*", smiles).end()
         raise ValueError(f"character {position + 1} ({smiles[position]!r}) of {smiles[:60]!r} is no SMILES token")
     return tokens
 
 
 @dataclass(eq=False)
 class Data:
-    """All rows as one table of token ids; a row is BOS, its tokens, EOS."""
-    table: torch.Tensor  # (sum of lengths + 1 per row,) uint8 or int16, on the device
-    start: np.ndarray  # (rows,) int64, where a row's BOS stands in the table
+    """All rows as one table of token ids; a row is its scaffold's tokens (only with --scaffold), BOS, its own, EOS."""
+    table: torch.Tensor  # (all tokens,) uint8 or int16, on the device
+    start: np.ndarray  # (rows,) int64, where a row begins in the table
+    prefix: np.ndarray  # (rows,) int64, tokens before its BOS
     length: np.ndarray  # (rows,) int64, targets of a row: its tokens and EOS
+    props: torch.Tensor | None  # (rows, P) float32, what --props names, in its own units, on the device
+    stats: torch.Tensor | None  # (2, P) float32, mean and standard deviation of all training rows
     rows: dict  # split -> (rows of the split,) int64
+    block: int  # positions that a model of them needs: scaffold and molecule count their own
     vocab: list  # K tokens
     canonical: bool  # are the SMILES RDKit's canonical ones?
 
-    @property
-    def block(self):
-        """Positions a model of these rows needs."""
-        return int(self.length.max())
-
     def smiles(self, row):
-        """The row as a string."""
-        ids = self.table[self.start[row] + 1:self.start[row] + self.length[row]]
-        return "".join(self.vocab[i] for i in ids.tolist())
+        """The row as a string, without its scaffold."""
+        begin = self.start[row] + self.prefix[row] + 1
+        return "".join(self.vocab[i] for i in self.table[begin:begin + self.length[row] - 1].tolist())
 
 
 def load_data(config, device="cpu"):
     """data_dir -> Data on the device; without data_dir the demo set, which rank 0 builds if it is not there yet."""
-    here, demo = Path(__file__).parent / "data/molecules", "demo500" if config.dry_run else "demo"
-    folder = Path(config.data_dir or here / demo)
-    if not config.data_dir:
-        if rank() == 0 and not (folder / "meta.json").exists():
-            command = [sys.executable, str(here / "prepare.py"), "--demo", "--name", demo]
-            command += ["--limit", "500"] if config.dry_run else []
-            print(f"no --data_dir, so building a demo set, once: python {' '.join(command[1:])}", flush=True)
-            if subprocess.run(command).returncode:
-                fail("the demo set could not be built, see above")
-        agree(0, device)                            # the others wait
+    names, more = config.prop_names, ["--props", "logp,sas,tpsa,qed", "--scaffold"]
+    more = (more if names or config.scaffold else []) + (["--limit", "500"] if config.dry_run else [])
+    name = ("demo500" if config.dry_run else "demo") + "_conditions" * ("--props" in more)
+    folder = Path(config.data_dir) if config.data_dir else demo_set("molecules", name, device, *more)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        tokens, offsets, split = (np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("tokens", "offsets", "split"))
+        missing = [name for name in names if name not in meta.get("props", {})]
+        missing += ["scaffold"] if config.scaffold and not (folder / "scaffold_tokens.npy").exists() else []
+        if missing:
+            fail(f"--data_dir {folder} holds no {', '.join(missing)}: make it again with python data/molecules/"
+                 "prepare.py --input FILE --name N --props logp,sas,tpsa,qed --scaffold --force")
+        kinds = ["tokens", "offsets"] + ["scaffold_tokens", "scaffold_offsets"] * config.scaffold
+        array = {kind: np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in [*kinds, "split"]}
+        props = np.load(folder / "props.npy") if names else None
     except (OSError, ValueError) as error:
         fail(f"--data_dir {folder}: {error}; make one with python data/molecules/prepare.py --input FILE --name N")
-    n_rows, rows = len(split), {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}
+    rows = {name: np.flatnonzero(array["split"] == i) for i, name in enumerate(meta["splits"])}
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
-    start, length = offsets[:-1] + 2 * np.arange(n_rows), np.diff(offsets) + 1     # each row gets a BOS and an EOS
-    table = np.zeros(len(tokens) + 2 * n_rows, tokens.dtype if tokens.dtype == np.uint8 else np.int16)
-    inside = np.ones(len(table), bool)
-    inside[start] = inside[start + length] = False
-    table[inside], table[start], table[start + length] = tokens, BOS, EOS
-    return Data(torch.from_numpy(table).to(device), start, length, rows, meta["vocab"], meta["canonical"])
+    if config.train_rows:                           # fewer rows are some of those that more rows would be
+        rows["train"] = np.sort(np.random.default_rng(config.seed).permutation(rows["train"])[:config.train_rows])
+    tokens, own, one = array["tokens"], np.diff(array["offsets"]), np.ones(len(array["split"]), np.int64)
+    prefix = np.diff(array["scaffold_offsets"]) if config.scaffold else 0 * one
+    kind = np.repeat(np.tile(np.arange(4, dtype=np.uint8), len(one)), np.stack([prefix, one, own, one], 1).ravel())
+    table = np.empty(len(kind), np.uint8 if tokens.dtype == np.uint8 else np.int16)
+    for i, ids in enumerate((array.get("scaffold_tokens", []), BOS, tokens, EOS)):
+        table[kind == i] = ids
+    start, stats = np.cumsum(prefix + own + 2) - (prefix + own + 2), None
+    if names:
+        props = torch.from_numpy(props[:, [list(meta["props"]).index(name) for name in names]]).to(device)
+        stats = torch.tensor([[meta["props"][name][x] for name in names] for x in ("mean", "std")])
+    return Data(torch.from_numpy(table).to(device), start, prefix, own + 1, props, stats, rows,
+                int(max(own.max() + 1, prefix.max())), meta["vocab"], meta["canonical"])
 
 
-WINDOW = 16                                         # global batches that are sorted by length together
+WINDOW = 4                                          # global batches that are sorted by length together
 
 
 @functools.lru_cache(maxsize=2)
@@ -191,19 +204,21 @@ def bucketed_rows(data, split, global_batch, seed, window):
     rows = data.rows[split]
     size = max(1, min(WINDOW, len(rows) // global_batch))
     taken = rows[global_rows(len(rows), size * global_batch, seed, window)]
-    batches = taken[np.argsort(data.length[taken], kind="stable")].reshape(size, global_batch)
+    batches = taken[np.argsort((data.prefix + data.length)[taken], kind="stable")].reshape(size, global_batch)
     return np.random.default_rng([seed, window]).permutation(batches)
 
 
 def get_rows(data, rows):
-    """-> dict of tokens, targets (B, T) int64 and mask (B, T) bool on the table's device; T is the longest row's."""
-    device, length = data.table.device, data.length[rows]
-    place, length = (cast(x, device) for x in (data.start[rows], length))
-    t = torch.arange(int(data.length[rows].max()), device=device)
-    mask = t < length[:, None]
-    index = torch.where(mask, place[:, None] + t, place[:, None])
-    tokens, targets = data.table[index].long(), data.table[index + 1].long()
-    return {"tokens": tokens, "targets": targets, "mask": mask}
+    """-> dict of tensors on the table's device, where T is the longest row's length: tokens, targets (B, T) int64; mask
+    (B, T) bool, which targets are the molecule's or its EOS; begin (B,) int64, where BOS stands; with --props props."""
+    device = data.table.device
+    start, begin, length = (cast(x[rows], device)[:, None] for x in (data.start, data.prefix, data.length))
+    t = torch.arange(int((data.prefix + data.length)[rows].max()), device=device)
+    inside = t < begin + length
+    index = torch.where(inside, start + t, start)
+    batch = {"tokens": data.table[index].long(), "targets": data.table[index + 1].long(),
+             "mask": inside & (t >= begin), "begin": begin[:, 0]}
+    return batch if data.props is None else batch | {"props": data.props[cast(rows, device)]}
 
 
 def get_batch(data, split, step, config, micro=0):
@@ -246,12 +261,20 @@ class Block(nn.Module):
 
 
 class MolGPT(nn.Module):
-    """Pre-LN decoder with learned positions and an untied head; 6.35 M parameters at 8 layers of width 256 on MOSES."""
-    def __init__(self, config, vocab, block):
+    """Pre-LN decoder with learned positions and an untied head; 6.35 M parameters at 8 layers of width 256 on MOSES.
+
+    [scaffold tokens | BOS | molecule], causal over all. Properties, standardised by stats (2, P), are added at BOS."""
+    def __init__(self, config, vocab, block, stats=None):
         super().__init__()
         self.about = {"config": dataclasses.asdict(config), "vocab": vocab, "block": block}     # what load_model needs
         self.vocab, self.block, self.evidence = vocab, block, config.edl_evidence if config.use_edl else "none"
+        self.prop_names, self.scaffold = config.prop_names, config.scaffold
         self.token, self.position = nn.Embedding(len(vocab), config.n_embd), nn.Embedding(block, config.n_embd)
+        if self.scaffold:
+            self.part = nn.Embedding(2, config.n_embd)      # of a scaffold, of a molecule
+        if self.prop_names:
+            self.prop = nn.Linear(len(self.prop_names), config.n_embd)
+            self.register_buffer("stats", torch.ones(2, len(self.prop_names)) if stats is None else stats)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.LayerNorm(config.n_embd), nn.Linear(config.n_embd, len(vocab), bias=False)
@@ -261,10 +284,22 @@ class MolGPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens, past=None):
-        """tokens (B, T) int64 -> logits (B, T, K). past: to decode step by step, a list per layer, empty at first."""
+    def forward(self, tokens, past=None, begin=None, props=None):
+        """tokens (B, T) int64 -> logits (B, T, K). past: to decode step by step, a list per layer, empty at first.
+
+        begin (B,) or (1,) int64: where BOS stands, for a model with scaffolds; props (B, P): for one with properties"""
         seen = past[0][0].shape[2] if past and past[0] else 0
-        x = self.drop(self.token(tokens) + self.position.weight[seen:seen + tokens.shape[1]])
+        x = self.token(tokens)
+        if self.scaffold:                           # scaffold and molecule count their own positions
+            t = torch.arange(seen, seen + tokens.shape[1], device=tokens.device) - begin[:, None]
+            place = torch.where(t < 0, t + begin[:, None], t).clamp(max=self.block - 1)     # pads may lie beyond
+            x = x + self.position(place) + self.part((t >= 0).long())
+        else:
+            x = x + self.position.weight[seen:seen + tokens.shape[1]]
+        if self.prop_names:
+            standardised = (props - self.stats[0]) / self.stats[1]
+            x = x + (tokens == BOS)[:, :, None] * self.prop(standardised)[:, None]
+        x = self.drop(x)
         for i, block in enumerate(self.blocks):
             x = block(x, None if past is None else past[i])
         return self.head(self.norm(x))
@@ -348,7 +383,7 @@ def uncertainty(alpha):
     p = alpha / S; aleatoric, the expected entropy; epistemic = total - aleatoric >= 0, the mutual information (nats).
 
     epistemic is summed by itself, since the two entropies cancel where evidence is large: sum p (g(alpha) - g(S)) with
-    g = digamma_part. Where vacuity is called total uncertainty, that is another quantity than the entropy here."""
+    g = digamma_part. What some call total uncertainty is the vacuity here."""
     S = alpha.sum(-1, keepdim=True)
     p = alpha / S
     total = -(p * p.log()).sum(-1)
@@ -359,7 +394,7 @@ def uncertainty(alpha):
 
 def compute_loss(model, batch, step, config):
     """-> (loss, parts): sums over this micro-batch's targets divided by the whole step's count; 0-dim float32."""
-    logits = model(batch["tokens"]).flatten(0, 1)                       # (N, K)
+    logits = model(batch["tokens"], None, batch["begin"], batch.get("props")).flatten(0, 1)      # (N, K)
     targets, mask = batch["targets"].flatten(), batch["mask"].flatten()
     if config.use_edl:
         grown = min(1.0, batch["epoch"] / config.edl_annealing_step) if config.edl_annealing_step else 1.0
@@ -374,28 +409,39 @@ def compute_loss(model, batch, step, config):
 UNCERTAINTY = ("vacuity", "total", "aleatoric", "epistemic")
 
 
+def token_scores(log_e, targets, evidential):
+    """log_e (..., K), targets (...,) int64 -> dict of (...,) float32, all >= 0: nll of e / sum e, and UNCERTAINTY; of a
+    plain head total alone, the entropy of its softmax."""
+    log_p = log_e.log_softmax(-1)
+    scores = {"nll": -log_p.gather(-1, targets[..., None])[..., 0]}
+    return scores | (uncertainty(1 + log_e.exp()) if evidential else {"total": -(log_p.exp() * log_p).sum(-1)})
+
+
+def passes(model, data, rows, dtype=torch.float32):
+    """Yield (rows, batch, logits (B, T, K) float32) of these rows, 256 of similar length at a time."""
+    rows = rows[np.argsort((data.prefix + data.length)[rows], kind="stable")]
+    for i in range(0, len(rows), 256):
+        batch = get_rows(data, rows[i:i + 256])
+        with autocast(data.table.device, dtype):
+            logits = model(batch["tokens"], None, batch["begin"], batch.get("props")).float()
+        yield rows[i:i + 256], batch, logits
+
+
 @torch.no_grad()
 def evaluate(model, data, config, split="val", max_rows=0):
     """Means over the targets of a split (of its first max_rows rows; 0: all) -> dict of floats, equal on all ranks.
 
-    nll: nats per token of e / sum e, which chooses checkpoints; loss: without KL; UNCERTAINTY, if the head has it."""
-    model, device = unwrap(model), data.table.device
-    names = ("nll", "loss", *UNCERTAINTY) if config.use_edl else ("nll", "loss")
-    rows = data.rows[split][:max_rows or None]
-    rows = rows[np.argsort(data.length[rows], kind="stable")]
+    nll: nats per token of e / sum e, which chooses checkpoints; loss: without KL; and the others of token_scores."""
+    model, device, rows = unwrap(model), data.table.device, data.rows[split][:max_rows or None]
+    names = ("loss", "nll", *(UNCERTAINTY if config.use_edl else ("total",)))
     was_training, sums = model.training, [torch.zeros(len(names), device=device)]
     model.eval()
-    for i in range(rank() * 256, len(rows), world_size() * 256):
-        batch = get_rows(data, rows[i:i + 256])
-        with autocast(device, pick_dtype(config.dtype, device)[0]):
-            logits = model(batch["tokens"])[batch["mask"]].float()      # (N, K)
-        targets = batch["targets"][batch["mask"]]
-        log_e = log_evidence(logits, model.evidence)
-        nll = loss = F.cross_entropy(log_e, targets, reduction="sum")
-        if config.use_edl:
-            loss, _ = edl_loss(logits, targets, config.edl_loss_type, config.edl_evidence, None, count=1)
-        now = uncertainty(1 + log_e.exp()) if config.use_edl else {}
-        sums.append(torch.stack([nll, loss, *(score.sum() for score in now.values())]))
+    for _, batch, logits in passes(model, data, rows[rank()::world_size()], pick_dtype(config.dtype, device)[0]):
+        logits, targets = logits[batch["mask"]], batch["targets"][batch["mask"]]            # (N, K), (N,)
+        scores = token_scores(log_evidence(logits, model.evidence), targets, config.use_edl)
+        loss = edl_loss(logits, targets, config.edl_loss_type, config.edl_evidence, None, count=1)[0] \
+            if config.use_edl else scores["nll"].sum()
+        sums.append(torch.stack([loss, *(scores[name].sum() for name in names[1:])]))
     model.train(was_training)
     total = torch.stack(sums).cpu().double().sum(0)
     if world_size() > 1:
@@ -405,83 +451,45 @@ def evaluate(model, data, config, split="val", max_rows=0):
 
 
 @torch.no_grad()
-def generate(model, n, temperature=1.0, top_k=0, prompt=(), seed=0, batch_size=512):
-    """Draw n molecules with a KV cache -> list of dicts of smiles, tokens, finished, nll and, for an evidential head,
-    UNCERTAINTY (means over the tokens drawn, EOS too) and max_vacuity, max_epistemic.
+def generate(model, n, temperature=1.0, top_k=0, prompt=(), seed=0, batch_size=512, props=None, scaffold=()):
+    """Draw n molecules with a KV cache -> list of dicts of smiles, tokens, finished, and of each of token_scores the
+    mean over the tokens drawn (EOS too) and, as max_, the highest.
 
     prompt: token ids that all start with. nll is the model's own, whatever the temperature. The same n, seed and
-    batch_size give the same molecules. A row that has drawn EOS is computed no further."""
-    device, made = model.head.weight.device, []
+    batch_size give the same molecules. props: (P,) or (n, P) floats in their own units, for a model with properties;
+    scaffold: token ids, (L,) or (n, L), for one with scaffolds."""
+    device, made, evidential = model.head.weight.device, [], model.evidence != "none"
+    names, text = ("nll", *UNCERTAINTY) if evidential else ("nll", "total"), "".join(model.vocab[i] for i in prompt)
     generator = torch.Generator(device).manual_seed(seed)
-    for size in [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0):
-        alive, past = torch.arange(size, device=device), [[] for _ in model.blocks]
-        drawn = torch.full((size, model.block), EOS, device=device)
-        scores, count = torch.zeros(size, 7, device=device), torch.zeros(size, device=device)
-        x = torch.tensor([BOS, *prompt], device=device).expand(size, -1)
+    scaffold = torch.as_tensor(scaffold, dtype=torch.long, device=device).expand(n, -1)
+    start = torch.cat([scaffold, torch.tensor([BOS, *prompt], device=device).expand(n, -1)], 1)
+    begin = torch.tensor([scaffold.shape[1]], device=device)
+    props = None if props is None else torch.as_tensor(props, dtype=torch.float32, device=device).expand(n, -1)
+    for rows in torch.arange(n, device=device).split(batch_size):
+        x, past, alive = start[rows], [[] for _ in model.blocks], torch.arange(len(rows), device=device)
+        drawn = torch.full((len(rows), model.block), EOS, device=device)
+        count, mean, highest = (torch.zeros(len(rows), width, device=device) for width in (1, len(names), len(names)))
         for t in range(model.block - len(prompt)):
-            logits = model(x, past)[:, -1].float()                      # (alive, K)
+            logits = model(x, past, begin, None if props is None else props[rows[alive]])[:, -1].float()   # (alive, K)
             log_e = log_evidence(logits, model.evidence)
             weight = (log_e / temperature).index_fill(1, torch.tensor([BOS], device=device), -math.inf)
             if top_k:
                 weight = weight.masked_fill(weight < weight.topk(min(top_k, weight.shape[1]))[0][:, -1:], -math.inf)
             token = torch.multinomial(weight.softmax(-1), 1, generator=generator)
+            now = torch.stack([*token_scores(log_e, token[:, 0], evidential).values()], 1)
             drawn[alive, t], count[alive] = token[:, 0], count[alive] + 1
-            scores[alive, 0] -= log_e.log_softmax(-1).gather(1, token)[:, 0]
-            if model.evidence != "none":
-                now = uncertainty(1 + log_e.exp())
-                scores[alive, 1:5] += torch.stack([now[name] for name in UNCERTAINTY], 1)
-                highest = torch.stack([now["vacuity"], now["epistemic"]], 1)
-                scores[alive, 5:] = torch.maximum(scores[alive, 5:], highest)
+            mean[alive], highest[alive] = mean[alive] + now, torch.maximum(highest[alive], now)
             going = (token[:, 0] != EOS).nonzero()[:, 0]
             if not len(going):
                 break
             alive, x = alive[going], token[going]
             past = [[kv[going] for kv in layer] for layer in past]
-        scores[:, :5] /= count[:, None]
-        names = ("nll", *UNCERTAINTY, "max_vacuity", "max_epistemic") if model.evidence != "none" else ("nll",)
-        start = "".join(model.vocab[i] for i in prompt)
-        for ids, length, values in zip(drawn.tolist(), count.int().tolist(), scores.tolist()):
+        values = torch.cat([mean / count, highest], 1).tolist()
+        for ids, length, value in zip(drawn.tolist(), count[:, 0].int().tolist(), values):
             finished = ids[length - 1] == EOS
-            made.append({"smiles": start + "".join(model.vocab[i] for i in ids[:length - finished]), "tokens": length,
-                         "finished": finished} | dict(zip(names, values)))
+            made.append({"smiles": text + "".join(model.vocab[i] for i in ids[:length - finished]), "tokens": length,
+                         "finished": finished} | dict(zip([*names, *(f"max_{name}" for name in names)], value)))
     return made
-
-
-def write_csv(path, made):
-    """One row per molecule: smiles, valid, and whatever else generate() says of it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["smiles", "valid", *list(made[0])[1:]])
-        writer.writeheader()
-        writer.writerows(m | {"valid": canonical(m["smiles"]) is not None} for m in made)
-
-
-def report(model, data, config, folder, n, temperature=1.0, top_k=0, seed=0, log=print):
-    """The final table, model beside n-grams and held-out rows -> dict of all its numbers (empty but on rank 0).
-
-    Also writes eval.json, samples/final.csv and samples/final.png. All ranks share the likelihoods, rank 0 the rest."""
-    splits = [split for split in ("val", "test") if len(data.rows.get(split, []))]
-    table = {"MolGPT": {f"{split} NLL": evaluate(model, data, config, split)["nll"] for split in splits}}
-    if rank() > 0:
-        return {}
-    made = generate(model, n, temperature, top_k, seed=seed)
-    known = [data.smiles(row) for row in data.rows["train"]]
-    known = set(known if data.canonical else map(canonical, known))
-    table["MolGPT"] |= describe([m["smiles"] for m in made], known)
-    for name, order in ("6-gram", 6), ("unigram", 1):
-        ngram = NGram(data, order)
-        table[name] = describe(ngram.generate(n, seed), known) | {f"{x} NLL": ngram.nll(data, x) for x in splits}
-    table[f"{splits[-1]} rows"] = describe([data.smiles(row) for row in data.rows[splits[-1]][:n]], known)
-    columns = [f"{split} NLL" for split in splits] + ["valid", "unique", "novel", "intdiv"]
-    log(f"{n} samples each at temperature {temperature}, top_k {top_k}, seed {seed}; NLL in nats per token")
-    log(f"{'':10}" + "".join(f"{column:>10}" for column in columns))
-    for name, row in table.items():
-        log(f"{name:10}" + "".join(f"{row[column]:10.4f}" if column in row else f"{'-':>10}" for column in columns))
-    write_csv(folder / "samples/final.csv", made)
-    draw_grid(folder / "samples/final.png", made)
-    about = {"n": n, "temperature": temperature, "top_k": top_k, "seed": seed}
-    (folder / "eval.json").write_text(json.dumps(about | {"table": table}, indent=1))
-    return table
 
 
 # --------------------------------------------------------------------------------------------------- training loop
@@ -510,7 +518,7 @@ def run_training(config, device):
         now = time.localtime(agree(int(time.time()), device))
         config = dataclasses.replace(config, run_name=time.strftime("edl_molgpt_%Y%m%d_%H%M%S", now))
     data = load_data(config, device)
-    raw_model = MolGPT(config, data.vocab, data.block).to(device)
+    raw_model = MolGPT(config, data.vocab, data.block, data.stats).to(device)
     matrices, vectors = ([p for p in raw_model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
                                   weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
@@ -584,7 +592,8 @@ def run_training(config, device):
                             tensors = model_tensors(raw_model)
                             write_file(folder / "best.safetensors", tensors, {"about": raw_model.about, "step": step})
                 if every(step, config.sample_every) and run.main:
-                    write_csv(folder / f"samples/step-{step:08d}.csv", generate(raw_model.eval(), 64, seed=config.seed))
+                    made = generate_like(sys.modules[__name__], raw_model.eval(), data, 64, config.seed)
+                    write_csv(folder / f"samples/step-{step:08d}.csv", made)
                     raw_model.train()
                 if last or stop or every(step, config.save_every):
                     save(step)
@@ -615,7 +624,8 @@ def run_training(config, device):
         return {"step": step, "best": best}
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
-    table = report(load_model(folder / "best.safetensors", device), data, config, folder,
+    best_model = load_model(folder / "best.safetensors", device)
+    table = report(sys.modules[__name__], {"MolGPT": (best_model, data, config)}, folder,
                    32 if config.dry_run else 1000, log=run.log)
     files = ("samples/final.png", "curves.png", "best.safetensors", "eval.json")
     run.log(f"done: {folder} holds {', '.join(x for x in files if (folder / x).exists())}. More molecules:\n"
@@ -633,6 +643,8 @@ class SampleFlags:
     temperature: float = 1.0  # below 1: nearer to the most likely
     top_k: int = 0  # draw from the k most likely tokens; 0: from all
     prompt: str = ""  # SMILES that every molecule starts with; C is how the original starts
+    prop_values: str = ""  # as logp=2,tpsa=60: a value for each property that the model was trained with
+    scaffold_smiles: str = ""  # for a model trained with scaffolds; none: an acyclic molecule
     out: str = "samples.csv"  # where to write
     seed: int = 0  # of the drawing
     batch_size: int = 512  # molecules drawn at once
@@ -644,6 +656,8 @@ class EvalFlags:
     run_name: str = ""  # whose best.safetensors
     out_dir: str = "out"  # where runs are
     data_dir: str = ""  # prepared data; empty: the run's own
+    beside: str = ""  # other runs to show beside it, as a --no_edl one: names, separated by commas
+    far_dir: str = ""  # prepared molecules of another kind, which the model should find strange
     num_samples: int = 1000  # molecules to draw
     temperature: float = 1.0  # below 1: nearer to the most likely
     top_k: int = 0  # draw from the k most likely tokens; 0: from all
@@ -651,47 +665,54 @@ class EvalFlags:
     device: str = "auto"  # auto, cuda, mps, cpu
 
 
-def open_run(flags, device):
-    """-> the run's folder and its best model."""
-    folder = trained(flags.out_dir, flags.run_name)
+def open_run(flags, name, device):
+    """-> the best model of the run of that name."""
     low, zero = min(flags.num_samples, getattr(flags, "batch_size", 1)), min(flags.top_k, flags.seed)
     if low < 1 or flags.temperature <= 0 or zero < 0:
         fail("--num_samples, --batch_size and --temperature must be above 0, --top_k and --seed not below")
     try:
-        return folder, load_model(folder / "best.safetensors", device)
+        return load_model(trained(flags.out_dir, name) / "best.safetensors", device)
     except ValueError as error:
         fail(error)
 
 
+def token_ids(model, flag, smiles):
+    """The ids of a SMILES string that a flag gave; fail() if the model cannot read it."""
+    try:
+        tokens = tokenize(smiles)
+    except ValueError as error:
+        fail(f"--{flag}: {error}")
+    for token in tokens:
+        if token not in model.vocab:
+            fail(f"--{flag}: the model has never seen {token!r}, only {' '.join(model.vocab[2:])}")
+    if len(tokens) >= model.block:
+        fail(f"--{flag} has {len(tokens)} tokens, the longest molecule of the model {model.block - 1}")
+    return [model.vocab.index(token) for token in tokens]
+
+
 def main_sample(argv):
     flags, _ = parse_flags(SampleFlags, argv, "Draw molecules from a trained model.")
-    _, model = open_run(flags, launch(flags.device))
-    try:
-        prompt = tokenize(flags.prompt)
-    except ValueError as error:
-        fail(f"--prompt: {error}")
-    for token in prompt:
-        if token not in model.vocab:
-            fail(f"--prompt: the model has never seen {token!r}, only {' '.join(model.vocab[2:])}")
-    if len(prompt) >= model.block:
-        fail(f"--prompt has {len(prompt)} tokens, the longest molecule of the model {model.block - 1}")
-    made = generate(model, flags.num_samples, flags.temperature, flags.top_k, [model.vocab.index(t) for t in prompt],
-                    flags.seed, flags.batch_size)
+    model = open_run(flags, flags.run_name, launch(flags.device))
+    wanted = read_condition(model.prop_names, model.scaffold, flags.prop_values, flags.scaffold_smiles)
+    made = generate(model, flags.num_samples, flags.temperature, flags.top_k, token_ids(model, "prompt", flags.prompt),
+                    flags.seed, flags.batch_size, [*wanted["values"].values()] or None,
+                    token_ids(model, "scaffold_smiles", wanted["scaffold"] or ""))
     write_csv(flags.out, made)
-    print(f"{flags.out}: " + ", ".join(f"{k} {v:.4g}" for k, v in describe([m["smiles"] for m in made], set()).items()
-                                       if k != "novel") + f" at temperature {flags.temperature}")
+    print(f"{flags.out}: {summary(made, wanted)} at temperature {flags.temperature}")
 
 
 def main_eval(argv):
     flags, _ = parse_flags(EvalFlags, argv, "The table of metrics of a trained model.")
-    device = launch(flags.device)
-    folder, model = open_run(flags, device)
-    config = Config(**model.about["config"])
-    config = dataclasses.replace(config, data_dir=flags.data_dir or config.data_dir)
-    data = load_data(config, device)
-    if data.vocab != model.vocab or data.block > model.block:
-        fail(f"--data_dir {config.data_dir}: its vocabulary or longest row is not the model's")
-    report(model, data, config, folder, flags.num_samples, flags.temperature, flags.top_k, flags.seed)
+    device, models = launch(flags.device), {}
+    for name in dict.fromkeys([flags.run_name, *filter(None, flags.beside.split(","))]):
+        model = open_run(flags, name, device)
+        config = Config(**model.about["config"] | ({"data_dir": flags.data_dir} if flags.data_dir else {}))
+        data = load_data(config, device)
+        if data.vocab != model.vocab or data.block > model.block:
+            fail(f"--data_dir {config.data_dir}: its vocabulary or longest row is not that of {name}")
+        models[name] = model, data, config
+    report(sys.modules[__name__], models, Path(flags.out_dir) / flags.run_name, flags.num_samples, flags.temperature,
+           flags.top_k, flags.seed, flags.far_dir)
     finish()
 
 

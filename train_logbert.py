@@ -30,7 +30,6 @@ import functools
 import itertools
 import json
 import math
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
+from data.files import demo_set
 from data.logs import metrics
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
@@ -158,16 +158,8 @@ def to_ids(keys, n_keys):
 
 def load_data(config, device="cpu"):
     """data_dir -> Data; without data_dir the demo set, which rank 0 builds if it is not there yet."""
-    here, demo = Path(__file__).parent / "data/logs", "demo600" if config.dry_run else "demo"
-    folder = Path(config.data_dir or here / demo)
-    if not config.data_dir:
-        if rank() == 0 and not (folder / "meta.json").exists():
-            command = [sys.executable, str(here / "prepare.py"), "--demo", "--name", demo]
-            command += ["--limit", "600"] if config.dry_run else []
-            print(f"no --data_dir, so building a demo set, once: python {' '.join(command[1:])}", flush=True)
-            if subprocess.run(command).returncode:
-                fail("the demo set could not be built, see above")
-        agree(0, device)                            # the others wait
+    demo = ("demo600", device, "--limit", "600") if config.dry_run else ("demo", device)
+    folder = Path(config.data_dir) if config.data_dir else demo_set("logs", *demo)
     try:
         meta = json.loads((folder / "meta.json").read_text())
         keys, offsets, labels, unique, split = (np.load(folder / f"{name}.npy") for name in (

@@ -1,12 +1,14 @@
-"""What each prepare.py needs: progress, checksums, a folder that appears only when it is complete."""
+"""What each data set needs: progress, checksums, a folder that appears only when it is complete, the demo set."""
 import contextlib
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
-from common import fail
+from common import agree, fail, rank
 
 def with_progress(items, total, unit):
     """Yield the items and say how far it is: redrawn in place on a terminal, else a line every ten seconds."""
@@ -46,3 +48,14 @@ def whole_folder(folder):
             old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+def demo_set(kind, name, device, *flags):
+    """The folder data/kind/name, for a script that was given no data; rank 0 builds it if it is not there yet."""
+    folder = Path(__file__).parent / kind / name
+    if rank() == 0 and not (folder / "meta.json").exists():
+        command = [sys.executable, str(folder.with_name("prepare.py")), "--demo", "--name", name, *flags]
+        print(f"no --data_dir, so building a demo set, once: python {' '.join(command[1:])}", flush=True)
+        if subprocess.run(command).returncode:
+            fail("the demo set could not be built, see above")
+    agree(0, device)                                # the others wait
+    return folder

@@ -394,7 +394,7 @@ def test_batches_of_similar_lengths_have_few_pads(demo):
     ours = pads([rows for window in range(5) for rows in train_edl.bucketed_rows(demo, "train", 16, 0, window)])
     rows, steps = demo.rows["train"], range(5 * train_edl.WINDOW)
     shuffled = pads([rows[common.global_rows(len(rows), 16, 0, step)] for step in steps])
-    assert ours < 0.05 and shuffled > 0.15 and ours < shuffled / 4, (ours, shuffled)
+    assert ours < 0.08 and shuffled > 0.15 and ours < shuffled / 2.5, (ours, shuffled)
     masks = [get_batch(demo, "train", step, small_config(batch_size=16))["mask"] for step in steps]
     assert 1 - sum(m.sum() for m in masks) / sum(m.numel() for m in masks) == pytest.approx(ours, abs=1e-6)
 
@@ -505,7 +505,7 @@ class FixedLogits(torch.nn.Module):
         self.head, self.blocks, self.block, self.evidence = torch.nn.Linear(1, 1), [], block, evidence
         self.vocab, self.logits = ["<bos>", "<eos>", *(f"[{i}C]" for i in range(2, len(logits)))], logits
 
-    def forward(self, tokens, past=None):
+    def forward(self, tokens, past=None, begin=None, props=None):
         return self.logits.expand(*tokens.shape, -1)
 
 
@@ -574,15 +574,13 @@ def test_scores_of_a_sample_are_those_of_the_full_forward(fields, prompt, temper
     for molecule in generate(model, 20, temperature, top_k, prompt, seed=1):
         logits, ids = full_forward(model, molecule)
         log_e = log_evidence(logits, model.evidence)
-        assert molecule["nll"] == pytest.approx(F.cross_entropy(log_e, ids).item(), abs=1e-4)
-        if fields == {"use_edl": False}:
-            assert list(molecule) == ["smiles", "tokens", "finished", "nll"]
-            continue
-        scores = uncertainty(1 + log_e.exp())
-        for name in train_edl.UNCERTAINTY:
-            assert molecule[name] == pytest.approx(scores[name].mean().item(), abs=1e-4), name
-        for name in ("vacuity", "epistemic"):
-            assert molecule[f"max_{name}"] == pytest.approx(scores[name].max().item(), abs=1e-4), name
+        scores = {"nll": F.cross_entropy(log_e, ids, reduction="none")}
+        scores |= {"total": torch.distributions.Categorical(logits=log_e).entropy()} if fields == {"use_edl": False} \
+            else uncertainty(1 + log_e.exp())
+        assert list(molecule) == ["smiles", "tokens", "finished", *scores, *(f"max_{name}" for name in scores)]
+        for name, values in scores.items():
+            assert molecule[name] == pytest.approx(values.mean().item(), abs=1e-4), name
+            assert molecule[f"max_{name}"] == pytest.approx(values.max().item(), abs=1e-4), name
 
 
 def test_top_1_is_greedy_decoding(model):
@@ -646,6 +644,7 @@ def test_evaluation_is_the_mean_over_targets_one_row_at_a_time(demo, fields):
             log_e = (alpha - 1).log()
         else:
             log_e = logits
+            sums["total"] += torch.distributions.Categorical(logits=logits).entropy().sum().item()
         sums["nll"] += F.cross_entropy(log_e, targets, reduction="sum").item()
     wanted = {name: value / count for name, value in sums.items()}
     wanted |= {} if config.use_edl else {"loss": wanted["nll"]}

@@ -19,7 +19,7 @@ import train_edl
 from runs import checkpoints, load_tensors, read_file
 
 SCRIPTS = ["train_edl.py", "common.py", "runs.py", "autopsy.py", "data/files.py", "data/molecules/prepare.py",
-           "data/molecules/metrics.py"]
+           "data/molecules/metrics.py", "data/molecules/report.py"]
 RUN = dict(max_steps=20, dropout=0.2, save_every=5, eval_every=10, log_every=5, keep=0)     # what is interrupted below
 
 
@@ -76,8 +76,9 @@ def test_a_dry_run_leaves_everything(dry):
     assert [path.name for path in checkpoints(folder)] == ["step-00000010.safetensors", "step-00000020.safetensors"]
     assert finite(read_file(checkpoints(folder)[-1])[0]) and finite(read_file(folder / "best.safetensors")[0])
     rows = (folder / "samples/final.csv").read_text().splitlines()
-    assert rows[0].split(",") == ["smiles", "valid", "tokens", "finished", "nll", *train_edl.UNCERTAINTY, "max_vacuity",
-                                  "max_epistemic"] and len(rows) == 33
+    scores = ["nll", *train_edl.UNCERTAINTY]
+    assert rows[0].split(",") == ["smiles", "valid", "tokens", "finished", *scores, *(f"max_{x}" for x in scores)]
+    assert len(rows) == 33
     assert any(row.split(",")[1] == "True" for row in rows) == (folder / "samples/final.png").exists()
 
 
@@ -100,8 +101,8 @@ def test_measurements_are_strict_json(dry):
     assert set(rows[0]) == {"step", "split", "loss", "parts", "grad_norm", "lr", "skipped", "molecules_per_s"}
     assert set(rows[2]) == {"step", "split", "nll", "loss", *train_edl.UNCERTAINTY}
     table = json.loads((folder / "eval.json").read_text(), parse_constant=pytest.fail)["table"]
-    assert list(table) == ["MolGPT", "6-gram", "unigram", "test rows"]
-    assert table["MolGPT"]["val NLL"] == pytest.approx(rows[-1]["nll"], rel=1e-5) and table["test rows"]["valid"] == 1
+    assert list(table) == ["MolGPT", "6-gram", "unigram", "val rows"]
+    assert table["MolGPT"]["val NLL"] == pytest.approx(rows[-1]["nll"], rel=1e-5) and table["val rows"]["valid"] == 1
     about = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
     derived = about["derived"]
     assert derived["max_steps"] == 20 and derived["global_batch"] == 16 and about["world_size"] == 1
@@ -179,11 +180,11 @@ def test_sample(verbs, capsys):
 def test_eval(verbs, dry):
     work, (_, end) = verbs
     assert (end.code, end.err) == (0, "")
-    assert re.search(r"^MolGPT +\d\.\d{4} +\d\.\d{4} ", end.out, re.M) and "temperature 0.8" in end.out
+    assert re.search(r"^val NLL +\d\.\d{4} +\d\.\d{4} ", end.out, re.M) and "temperature 0.8" in end.out
     found, before = (json.loads((home / "out/first/eval.json").read_text()) for home in (work, dry[0][0]))
     assert (found["n"], found["temperature"], found["seed"]) == (20, 0.8, 5)
-    for name in ("val NLL", "test NLL"):                                # do not depend on the sampling
-        assert found["table"]["MolGPT"][name] == before["table"]["MolGPT"][name]
+    for name in ("val NLL", "test NLL", "ECE", "Brier"):                # do not depend on the sampling
+        assert found["table"]["first"][name] == before["table"]["MolGPT"][name]
     assert len((work / "out/first/samples/final.csv").read_text().splitlines()) == 21
 
 

@@ -39,13 +39,14 @@ from typing import NamedTuple
 
 import numpy as np
 import rdkit
-from rdkit import Chem, RDConfig, rdBase
-from rdkit.Chem import QED, Crippen, Descriptors, rdMolDescriptors
+from rdkit import Chem, rdBase
+from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fail  # noqa: E402
 from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
+from data.molecules.metrics import PROPERTIES, sascorer  # noqa: E402
 from train_edl import SPECIALS, tokenize  # noqa: E402
 
 MAX_LINE = 10_000                                  # characters; a longer line is no molecule to learn from
@@ -184,23 +185,6 @@ def read_row(number, line, layout):
     return Row(number, smiles, split)
 
 # -------------------------------------------------------------------------------------------------------- one molecule
-@functools.cache
-def sascorer():
-    """The synthetic accessibility score of Ertl and Schuffenhauer (2009), which RDKit ships in its Contrib folder."""
-    sys.path.append(str(Path(RDConfig.RDContribDir) / "SA_Score"))
-    try:
-        import sascorer as module
-    except ImportError:
-        fail("this RDKit comes without Contrib/SA_Score: leave sas out of --props")
-    return module
-
-PROPERTIES = {
-    "logp": Crippen.MolLogP,                                         # octanol/water, Crippen
-    "sas": lambda molecule: sascorer().calculateScore(molecule),     # 1 (easy to make) .. 10
-    "tpsa": rdMolDescriptors.CalcTPSA,                               # polar surface area, square angstrom
-    "qed": QED.qed,                                                  # drug-likeness, 0 .. 1
-}
-
 def read_molecule(row, options):
     """Row -> Kept or Rejected; `options` has keep_smiles, max_tokens, props (list of names) and scaffold."""
     molecule = Chem.MolFromSmiles(row.smiles)
