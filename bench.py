@@ -4,7 +4,9 @@ Side by side: each script against what a user would run instead, interleaved in 
 python bench.py                                       # all rows, a few minutes on a CPU -> a table in Markdown
 python bench.py guard "logbert train"                 # the rows whose names hold one of these words
 python bench.py --full                                # 15 pairs of runs instead of 5
+python bench.py --molecules data/molecules/moses      # train_edl's rows on a prepared set
 python bench.py --gpu                                 # the same rows on cuda
+python bench.py --gpu --dry_run                       # does it all run? tiny, in seconds, without a GPU too
 pip install transformers drain3                       # the peers; without one, its row has no ratio and says so
 
 A row times a piece of our work, then one of the peer's, ours again ..., after one untimed piece of each. A ratio is
@@ -12,25 +14,35 @@ made of neighbours only, so that what else the machine does falls on both; its m
 pairs, and a rate is a median too. Whoever adds a row writes a function and gives it a name in ROWS.
 """
 import argparse
+import contextlib
 import functools
 import importlib
 import itertools
+import json
 import os
 import random
 import re
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}     # or torch's profiler talks into the table
+# or torch's profiler, transformers and two_workers talk into the table
+os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error",
+               "PYTHONWARNINGS": "ignore"}
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+import train_edl as edl  # noqa: E402
 import train_logbert as logbert  # noqa: E402
-from common import RING, Guard, autocast, every, fail, pick_dtype, seed_step  # noqa: E402
+from common import (RING, Guard, autocast, every, fail, finish, launch, pick_dtype, rank, seed_step,  # noqa: E402
+                    wrap_ddp)
 from data.logs.prepare import LogReader  # noqa: E402
 
 IGNORE = -100                                       # transformers' label of what is not asked
@@ -41,7 +53,7 @@ IGNORE = -100                                       # transformers' label of wha
 class Row(NamedTuple):
     unit: str  # of the rates, as sessions/s
     goal: str  # of the ratio, or of our rate
-    peer: str  # the package that the other side needs; empty: none
+    peer: str  # the package that the other side needs; empty: a second device, if anything
     rates: np.ndarray  # (1, pairs) ours, or (2, pairs) ours and the peer's
     memory: list  # bytes per side, see peak_memory; empty: not told
     compared: str  # what with what
@@ -90,7 +102,7 @@ def peak_memory(device, sides):
 def ratio(row):
     """What stands in the table: median and range of the pairs' own ratios."""
     if len(row.rates) < 2:
-        return f"not installed: pip install {row.peer}"
+        return f"not installed: pip install {row.peer}" if row.peer else "needs two devices"
     mine, other = row.rates
     values, text = (100 * (other / mine - 1), "{:+.1f} % ({:+.1f} ... {:+.1f})") if row.percent else \
         (mine / other, "{:.1f}x ({:.1f} ... {:.1f})")
@@ -102,12 +114,17 @@ def line(name, row):
     memory = " / ".join(f"{peak / 1e6:.1f} MB" for peak in row.memory) or "-"
     return f"| {name} | {mine} | {other} | {row.unit} | {ratio(row)} | {row.goal} | {memory} | {row.compared} |"
 
-# ---------------------------------------------------------------------------------------------------- train_logbert
-def logbert_steps(device, config, steps, guarded=True):
-    """-> a side: `steps` optimizer steps as train_logbert takes them; guarded=False: and nothing looks at them."""
+# ---------------------------------------------------------------------------------------------------- optimizer steps
+def new_model(script, config, data, device):
+    """The script's model, as it starts."""
     torch.manual_seed(config.seed)
-    data = logbert.load_data(config, device)        # each side its own, or one would find what the other has sorted
-    model = logbert.LogBERT(config, data.about).to(device).train()
+    return (script.MolGPT(config, data.vocab, data.block) if script is edl else
+            script.LogBERT(config, data.about)).to(device)
+
+def our_steps(script, device, config, steps, guarded=True, model=None):
+    """-> a side: `steps` optimizer steps as the script takes them; guarded=False: and nothing looks at them."""
+    data = script.load_data(config, device)         # each side its own, or one would find what the other has sorted
+    model = wrap_ddp(new_model(script, config, data, device) if model is None else model, device).train()
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
                                   weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
@@ -119,11 +136,11 @@ def logbert_steps(device, config, steps, guarded=True):
             if guard and every(step, RING, config.log_every):
                 guard.poll()
             for group in optimizer.param_groups:
-                group["lr"] = logbert.lr_at(step, 10_000, config)
-            seed_step(config.seed, step, 0)
-            batch = logbert.get_batch(data, "train", step, config)
+                group["lr"] = script.lr_at(step, 10_000, config)
+            seed_step(config.seed, step, rank())
+            batch = script.get_batch(data, "train", step, config)
             with autocast(device, dtype):
-                loss, parts = logbert.compute_loss(model, batch, step, config)
+                loss, parts = script.compute_loss(model, batch, step, config)
             if guard:
                 guard.backward(loss, parts)
                 guard.step(step)
@@ -135,11 +152,170 @@ def logbert_steps(device, config, steps, guarded=True):
         return steps * config.batch_size
     return side
 
-def logbert_guard(device, pairs, config=logbert.Config(), steps=logbert.WINDOW, turns=30):
-    sides = [logbert_steps(device, config, steps, guarded) for guarded in (True, False)]
-    return Row("sessions/s", "<= +1 %", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
+def guard_cost(device, pairs, config, script, unit, steps=4, turns=30):
+    sides = [our_steps(script, device, config, steps, guarded) for guarded in (True, False)]
+    return Row(unit, "<= +1 %", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
                "the whole step with the guard; with backward, clip_grad_norm_ and the same fused AdamW alone", True)
 
+def padded(rows, length=0, pad=logbert.PAD):
+    """List of (tokens, labels) -> two (B, T) int64, padded to length, or to the longest of them, as LogBERT does."""
+    length = length or max(len(tokens) for tokens, _ in rows)
+    return [torch.tensor([row + [fill] * (length - len(row)) for row in column])
+            for column, fill in zip(zip(*rows), (pad, IGNORE))]
+
+def plain_steps(device, config, model, rows, steps, length, pad):
+    """-> a side: `steps` optimizer steps of a plain loop around a model of transformers; length, pad: see padded."""
+    model, dtype = model.train(), pick_dtype(config.dtype, device)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    loader = DataLoader(rows, config.batch_size, shuffle=True, drop_last=True,
+                        collate_fn=functools.partial(padded, length=length, pad=pad))
+    batches = (batch for _ in itertools.count() for batch in loader)        # epoch after epoch
+
+    def side():
+        total = 0.0
+        for tokens, labels in itertools.islice(batches, steps):
+            tokens, labels = tokens.to(device), labels.to(device)
+            with autocast(device, dtype):
+                logits = model(input_ids=tokens, attention_mask=tokens != pad).logits
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            total += loss.item()
+        return steps * config.batch_size
+    return side
+
+# -------------------------------------------------------------------------------------------------------- train_edl
+MOSES = 1_584_663                                   # molecules of its train split
+PEAKS = {"H100 80GB HBM3": 989e12, "H200$": 989e12, "A100": 312e12}     # of these names, in dense bfloat16 FLOP/s
+
+def gpt2(transformers, config, data, device):
+    """transformers' GPT-2 of the size of our model, its head untied as ours is."""
+    torch.manual_seed(config.seed)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(data.vocab), n_positions=data.block, n_embd=config.n_embd, n_layer=config.n_layer,
+        n_head=config.n_head, activation_function="gelu", resid_pdrop=config.dropout, embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout, bos_token_id=edl.BOS, eos_token_id=edl.EOS, pad_token_id=edl.EOS,
+        tie_word_embeddings=False)).to(device)
+
+@torch.no_grad()
+def copy_weights(model, other):
+    """Those of a MolGPT into a GPT-2 of its size, whose linear layers lie transposed."""
+    pairs = [(model.token, other.transformer.wte), (model.position, other.transformer.wpe),
+             (model.norm, other.transformer.ln_f), (model.head, other.lm_head)]
+    for block, h in zip(model.blocks, other.transformer.h):
+        pairs += [(block.norm1, h.ln_1), (block.attention.qkv, h.attn.c_attn), (block.attention.out, h.attn.c_proj),
+                  (block.norm2, h.ln_2), (block.up, h.mlp.c_fc), (block.down, h.mlp.c_proj)]
+    for mine, its in pairs:
+        its.weight.copy_(mine.weight.T if type(its).__name__ == "Conv1D" else mine.weight)
+        if getattr(mine, "bias", None) is not None:
+            its.bias.copy_(mine.bias)
+
+class NextTokens(list):
+    """Molecules, arrays of BOS, tokens and EOS, that become what is read and what is asked when they are drawn."""
+    def __getitem__(self, i):
+        ids = super().__getitem__(i).tolist()
+        return ids[:-1], ids[1:]
+
+def utilization(config, data, rate, device):
+    """What else is known of a GPU that trains on so many molecules/s."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = next((peak for known, peak in PEAKS.items() if re.search(known, name)), None)
+    size = sum(p.numel() for p in new_model(edl, config, data, device).parameters())
+    flops = 6 * size * rate * data.length[data.rows["train"]].mean()
+    return (f"; MFU {f'{flops / peak:.1%}' if peak else '-'} (6 x {size:,} parameters x tokens/s); computed: "
+            f"{MOSES / rate:,.0f} s for {MOSES:,} molecules")
+
+def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
+    transformers, data = peer("transformers"), edl.load_data(config, device)
+    table, length = data.table.cpu().numpy(), data.block if longest else 0
+    rows = NextTokens(table[start:start + n + 1] for start, n in zip(
+        data.start[data.rows["train"]].tolist(), data.length[data.rows["train"]].tolist()))
+    sides = [our_steps(edl, device, config, steps),
+             plain_steps(device, config, gpt2(transformers, config, data, device), rows, steps, length, edl.EOS)
+             if transformers else None]
+    rates = measure(device, pairs, sides, turns)
+    more = utilization(config, data, np.median(rates[0]), device) if device.type == "cuda" or config.dry_run else ""
+    return Row("molecules/s", ">= 1.6x", "transformers", rates, peak_memory(device, sides),
+               f"optimizer steps of {config.batch_size} molecules with their batches, evidential head and guard; "
+               f"transformers GPT2LMHeadModel, DataLoader, shuffled, padded to {length or 'the longest of a batch'}, "
+               f"AdamW, clip_grad_norm_, loss.item(){more}")
+
+def edl_sample(device, pairs, config, steps=300, n=256):
+    transformers, data = peer("transformers"), edl.load_data(config, device)
+    model = new_model(edl, config, data, device)
+    our_steps(edl, device, config, steps, model=model)()            # or no molecule would end
+    model.eval()
+    other = gpt2(transformers, config, data, device).eval() if transformers else None
+    if other:
+        copy_weights(model, other)
+
+    def mine():
+        return len([drawn["smiles"] for drawn in edl.generate(model, n, batch_size=n)])
+
+    def plain():
+        start = torch.full((n, 1), edl.BOS, device=device)
+        drawn = other.generate(start, attention_mask=torch.ones_like(start), do_sample=True, use_cache=True, top_k=0,
+                               top_p=1.0, temperature=1.0, max_new_tokens=data.block)
+        return len(["".join(data.vocab[i] for i in ids if i > edl.EOS) for ids in drawn.tolist()])
+
+    sides = [mine, plain if transformers else None]
+    return Row("molecules/s", ">= 3x", "transformers", measure(device, pairs, sides), peak_memory(device, sides),
+               f"{n} SMILES drawn at once with a KV cache, ours with NLL and uncertainties; transformers "
+               f"GPT2LMHeadModel.generate with the same weights, those of {steps} steps")
+
+def edl_head(device, pairs, config, steps=edl.WINDOW, turns=5):
+    sides = [our_steps(edl, device, edl.Config(**vars(config) | {"use_edl": on}), steps) for on in (True, False)]
+    return Row("molecules/s", "<= +5 %", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
+               f"optimizer steps of {config.batch_size} molecules with the evidential head; with a plain softmax", True)
+
+@contextlib.contextmanager
+def two_workers(device, config, steps):
+    """-> a side: both of two processes under DDP, started as torchrun would, take `steps` steps."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    command = [sys.executable, __file__, "--worker", json.dumps([device.type, vars(config), steps])]
+    workers = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
+                                | about | dict(OMP_NUM_THREADS="1", RANK=str(i), LOCAL_RANK=str(i))) for i in range(2)]
+
+    def side():
+        for worker in workers:
+            print(file=worker.stdin, flush=True)
+        return sum(int(worker.stdout.readline()) for worker in workers)
+    try:
+        yield side
+    finally:
+        for worker in workers:                      # they hold nothing that is worth saving
+            worker.kill()
+            worker.communicate()
+
+def work(kind, config, steps):
+    """One of two_workers: each line on stdin asks for a piece of work; its end, as when the parent is gone, ends us."""
+    device = launch(kind)
+    side = our_steps(edl, device, edl.Config(**config), steps)
+    for _ in sys.stdin:
+        done = side()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(done, flush=True)
+    finish()
+
+def edl_pair(device, pairs, config, steps=edl.WINDOW, turns=5):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = our_steps(edl, device, config, steps)
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        rates = measure(device, pairs, [one], turns)
+    else:
+        with two_workers(device, config, steps) as two:
+            rates = measure(device, pairs, [two, one], turns)
+    torch.set_num_threads(threads)
+    return Row("molecules/s", ">= 1.8x", "", rates, [], f"optimizer steps of {config.batch_size} molecules each in two "
+               "processes under DDP; in one alone; one thread each")
+
+# ---------------------------------------------------------------------------------------------------- train_logbert
 def bert(transformers, config, data):
     """transformers' BERT of the size of our model; 512 positions, as LogBERT has them."""
     torch.manual_seed(config.seed)
@@ -160,50 +336,21 @@ class MaskedAtRandom(list):
         keys, share = super().__getitem__(i), random.uniform(0, 0.5)
         return masked(keys, {place for place in range(len(keys)) if random.random() < share})
 
-def padded(rows, length=0):
-    """List of (tokens, labels) -> two (B, T) int64, padded to length, or to the longest of them, as LogBERT does."""
-    length = length or max(len(tokens) for tokens, _ in rows)
-    return [torch.tensor([row + [fill] * (length - len(row)) for row in column])
-            for column, fill in zip(zip(*rows), (logbert.PAD, IGNORE))]
-
-def bert_steps(transformers, device, config, steps, length):
-    """-> a side: `steps` optimizer steps of a plain loop around transformers' BERT; length: see padded."""
-    data = logbert.load_data(config, device)
-    model, dtype = bert(transformers, config, data).train(), pick_dtype(config.dtype, device)[0]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    loader = DataLoader(MaskedAtRandom(data.session(row).ids.tolist() for row in data.rows["train"]),
-                        config.batch_size, shuffle=True, drop_last=True,
-                        collate_fn=functools.partial(padded, length=length))
-    batches = (batch for _ in itertools.count() for batch in loader)        # epoch after epoch
-
-    def side():
-        total = 0.0
-        for tokens, labels in itertools.islice(batches, steps):
-            tokens, labels = tokens.to(device), labels.to(device)
-            with autocast(device, dtype):
-                loss = model(input_ids=tokens, attention_mask=tokens != logbert.PAD, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            total += loss.item()
-        return steps * config.batch_size
-    return side
-
-def logbert_train(device, pairs, config=logbert.Config(), steps=2 * logbert.WINDOW, turns=10, length=0):
-    transformers = peer("transformers")
-    sides = [logbert_steps(device, config, steps),
-             bert_steps(transformers, device, config, steps, length) if transformers else None]
+def logbert_train(device, pairs, config, steps=2 * logbert.WINDOW, turns=10, length=0):
+    transformers, data = peer("transformers"), logbert.load_data(config, device)
+    rows = MaskedAtRandom(data.session(row).ids.tolist() for row in data.rows["train"])
+    sides = [our_steps(logbert, device, config, steps),
+             plain_steps(device, config, bert(transformers, config, data), rows, steps, length, logbert.PAD)
+             if transformers else None]
     return Row("sessions/s", ">= 3x", "transformers", measure(device, pairs, sides, turns), peak_memory(device, sides),
                f"optimizer steps of {config.batch_size} sessions with their batches; transformers BertForMaskedLM, "
                f"masks in Python, DataLoader, shuffled, padded to {length or 'the longest of a batch'}, AdamW, "
                "loss.item()")
 
-def logbert_score(device, pairs, view, config=logbert.Config(), sample=100):
+def logbert_score(device, pairs, config, view, sample=100):
     config, transformers = logbert.Config(**vars(config) | {"view": view}), peer("transformers")
     data = logbert.load_data(config, device)
-    torch.manual_seed(config.seed)
-    model, rows = logbert.LogBERT(config, data.about).to(device).eval(), data.rows["test"]
+    model, rows = new_model(logbert, config, data, device).eval(), data.rows["test"]
     drawn = [data.session(row).ids.tolist() for row in np.random.default_rng(0).permutation(rows)[:sample]]
     other = bert(transformers, config, data).eval() if transformers else None
 
@@ -236,7 +383,7 @@ def logbert_score(device, pairs, view, config=logbert.Config(), sample=100):
                f"itself: {without}); transformers BertForMaskedLM, {len(drawn)} of them drawn with a seed, keys masked "
                "in turn, DataLoader, 64 rows at once")
 
-def logs_prepare(device, pairs, config=logbert.Config(), lines=200_000, sample=20_000):
+def logs_prepare(device, pairs, config, lines=200_000, sample=20_000):
     drain3, meta = peer("drain3"), logbert.load_data(config).meta
     log = Path(logbert.__file__).parent / "data/logs" / meta["name"] / "new.log"
     new = log.read_text().splitlines(keepends=True)
@@ -263,37 +410,60 @@ def logs_prepare(device, pairs, config=logbert.Config(), lines=200_000, sample=2
                f"contents of {sample:,} lines in memory, no sessions")
 
 # ------------------------------------------------------------------------------------------------------------- main
-ROWS = {
-    "train_logbert train": logbert_train,
-    "train_logbert train, peer padded to 512": lambda device, pairs: logbert_train(device, pairs, steps=4, turns=1,
-                                                                                   length=512),
-    "train_logbert score, bag view": lambda device, pairs: logbert_score(device, pairs, "bag"),
-    "train_logbert score, ordered view": lambda device, pairs: logbert_score(device, pairs, "ordered"),
-    "train_logbert guard on / off": logbert_guard,
-    "data/logs prepare": logs_prepare,
+TINY = dict(steps=1, turns=1)
+EDL_GUARD, LOGBERT_GUARD = dict(script=edl, unit="molecules/s"), dict(script=logbert, unit="sessions/s")
+ROWS = {                                            # a function, what it is told, and what else in a dry run
+    "train_edl train": (edl_train, {}, TINY),
+    "train_edl train, peer padded to the longest row": (edl_train, dict(longest=True, turns=3), TINY),
+    "train_edl sample": (edl_sample, {}, dict(steps=2, n=8)),
+    "train_edl evidential head on / off": (edl_head, {}, TINY),
+    "train_edl guard on / off": (guard_cost, EDL_GUARD, TINY),
+    "train_edl two processes / one": (edl_pair, {}, TINY),
+    "train_logbert train": (logbert_train, {}, TINY),
+    "train_logbert train, peer padded to 512": (logbert_train, dict(steps=4, turns=1, length=512), dict(steps=1)),
+    "train_logbert score, bag view": (logbert_score, dict(view="bag"), dict(sample=3)),
+    "train_logbert score, ordered view": (logbert_score, dict(view="ordered"), dict(sample=3)),
+    "train_logbert guard on / off": (guard_cost, LOGBERT_GUARD, TINY),
+    "data/logs prepare": (logs_prepare, {}, dict(lines=300, sample=50)),
 }
+
+def settings(script, device, dry_run, molecules=""):
+    """The script's own Config on this device."""
+    return script.Config(**(script.CPU if device.type == "cpu" else {})
+                         | (script.DRY | {"dry_run": True} if dry_run else {})
+                         | ({"data_dir": molecules} if script is edl else {}))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="rows whose names hold one of these; none: all")
     parser.add_argument("--full", action="store_true", help="15 pairs instead of 5")
     parser.add_argument("--gpu", action="store_true", help="on cuda")
+    parser.add_argument("--dry_run", action="store_true", help="1 pair of tiny sizes: does every row run?")
+    parser.add_argument("--molecules", default="", help="prepared set of train_edl's rows; empty: the demo set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers
     flags = parser.parse_args(argv)
+    if flags.worker:
+        return work(*json.loads(flags.worker))
     chosen = [name for name in ROWS if not flags.names or any(word in name for word in flags.names)]
     if not chosen or flags.threads < 1:
         fail(f"--threads must be above 0, and each name a part of one of these: {', '.join(ROWS)}")
-    if flags.gpu and not torch.cuda.is_available():
-        fail("--gpu: torch sees no CUDA device here; leave the flag out to measure the CPU")
+    cuda = flags.gpu and torch.cuda.is_available()
+    if flags.gpu and not cuda:
+        if not flags.dry_run:
+            fail("--gpu: torch sees no CUDA device here; leave the flag out to measure the CPU")
+        print("--gpu --dry_run: torch sees no CUDA device here, so the same code runs on the CPU")
     torch.set_num_threads(flags.threads)
-    device, pairs = torch.device("cuda" if flags.gpu else "cpu"), 15 if flags.full else 5
-    where = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}" if flags.gpu else "CPU"
+    device, pairs = torch.device("cuda" if cuda else "cpu"), 1 if flags.dry_run else 15 if flags.full else 5
+    where = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}" if cuda else "CPU"
     found = [f"{name} {module.__version__}" for name in ("torch", "transformers") if (module := peer(name))]
     print(f"{where}, torch threads: {flags.threads}, {', '.join(found)}; medians of {pairs} pairs (range)\n\n"
           "| row | ours | peer | unit | ratio | goal | peak of tensors, ours / peer | what was compared |\n"
           "|---|---|---|---|---|---|---|---|", flush=True)
     for name in chosen:
-        print(line(name, ROWS[name](device, pairs)), flush=True)
+        row, more, tiny = ROWS[name]
+        config = settings(edl if "edl" in name else logbert, device, flags.dry_run, flags.molecules)
+        print(line(name, row(device, pairs, config, **more | (tiny if flags.dry_run else {}))), flush=True)
 
 if __name__ == "__main__":
     main()

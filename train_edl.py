@@ -483,7 +483,7 @@ def generate(model, n, temperature=1.0, top_k=0, prompt=(), seed=0, batch_size=5
             if not len(going):
                 break
             alive, x = alive[going], token[going]
-            past = [[kv[going] for kv in layer] for layer in past]
+            past = [[kv.index_select(0, going) for kv in layer] for layer in past]
         values = torch.cat([mean / count, highest], 1).tolist()
         for ids, length, value in zip(drawn.tolist(), count[:, 0].int().tolist(), values):
             finished = ids[length - 1] == EOS

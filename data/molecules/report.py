@@ -1,6 +1,7 @@
 """The report at the end of a training and of `eval`: one table, one JSON, two plots, from the metrics in metrics.py."""
 import csv
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -113,6 +114,26 @@ def translate(far, data, known):
         reason: int(where.sum()) for reason, where in left_out.items()}
 
 
+def far_beside(script, model, data, config, far_dir, known, near, seed):
+    """The molecules of far_dir beside held-out rows (near: by_row's answer and their lengths), equally many at each
+    length -> (scores of both, which are far, how many were left out and why)."""
+    far = script.load_data(dataclasses.replace(config, data_dir=far_dir, train_rows=0), data.table.device)
+    far, left_out = translate(far, data, known)
+    rows = far.rows["far"]
+    i, j = map(np.sort, same_lengths(near["length"], far.length[rows], seed))        # as by_row orders them
+    strange = by_row(score(script, model, far, rows[j]))
+    both = {name: np.concatenate([near[name][i], strange[name]]) for name in strange}
+    return both, np.arange(2 * len(i)) >= len(i), left_out
+
+
+def tell_apart(scores, bad):
+    """How well each score (higher: stranger) finds the bad molecules -> {score: {"AUROC", "AUPR", "roc"}}, none if all
+    of them are bad or none is."""
+    if bad.all() or not bad.any():
+        return {}
+    return {name: {"AUROC": auroc(x, bad), "AUPR": aupr(x, bad), "roc": roc(x, bad)} for name, x in scores.items()}
+
+
 def report(script, models, folder, n, temperature=1.0, top_k=0, seed=0, far_dir="", log=print):
     """Measure models, {name: (model, data, config)}, the first of them the run in folder -> dict of the table's columns
     (empty but on rank 0), each a dict of metrics; n-gram models and held-out rows stand beside them.
@@ -125,87 +146,75 @@ def report(script, models, folder, n, temperature=1.0, top_k=0, seed=0, far_dir=
         return {}
     first, data, _ = next(iter(models.values()))
     split = "test" if len(data.rows.get("test", [])) else "val"
-    held, others = data.rows[split], np.random.default_rng(seed).permutation(data.rows["val"])[:n]
-    reference, groups, how = Reference([data.smiles(row) for row in held]), conditions(script, first), {
-        "temperature": temperature, "top_k": top_k}
-    table, apart, aupr_of, curves, left_out, trained_on = {}, {}, {}, {}, {}, {}
+    reference = Reference([data.smiles(row) for row in data.rows[split]])
+    groups, how = conditions(script, first), {"temperature": temperature, "top_k": top_k}
+    table, apart, kept, left_out = {}, {}, {"valid": {}, "valid and novel": {}}, {}
 
+    @functools.cache
     def known_to(data):                             # canonical SMILES of its training rows
-        key = data.rows["train"].tobytes()
-        if key not in trained_on:
-            smiles = [data.smiles(row) for row in data.rows["train"]]
-            trained_on[key] = set(smiles if data.canonical else map(canonical, smiles))
-        return trained_on[key]
+        smiles = [data.smiles(row) for row in data.rows["train"]]
+        return set(smiles if data.canonical else map(canonical, smiles))
 
     def on_groups(drawn):                           # drawn(group) -> list of SMILES
         found = on_target([group | {"smiles": drawn(group)} for group in groups]) if groups else {}
         return {"valid_on_target" if name == "valid" else name: value for name, value in found.items()}
 
-    def tell_apart(name, what, scores, bad):
-        if bad.all() or not bad.any():
-            return
-        apart[f"{name} {what}"] = {x: auroc(scores[x], bad) for x in scores}
-        aupr_of[f"{name} {what}"] = {x: aupr(scores[x], bad) for x in scores}
-        curves.setdefault(what, {}).update({f"{name} {x}": roc(scores[x], bad) for x in SHOWN if x in scores})
-
-    for name, (model, data, config) in models.items():
-        known, scores = known_to(data), score(script, model, data, held)
-        made, near = generate_like(script, model, data, n, seed, **how), by_row(scores)
-        smiles = [molecule["smiles"] for molecule in made]
+    for name, (model, own, config) in models.items():
+        scores, made = score(script, model, own, own.rows[split]), generate_like(script, model, own, n, seed, **how)
+        near, smiles = by_row(scores), [molecule["smiles"] for molecule in made]
         table[name] = {"val NLL": nll[name], f"{split} NLL": float(scores["nll"].mean()),
                        "ECE": ece(scores["confidence"], scores["correct"]), "Brier": float(scores["brier"].mean())}
-        table[name] |= describe(smiles, known, reference)
         table[name] |= {f"mean {x}": float(scores[x].mean()) for x in script.UNCERTAINTY if x in scores}
-        valid = np.array([canonical(x) is not None for x in smiles])
-        novel = valid & np.array([canonical(x) not in known for x in smiles])
-        drawn = {x: np.array([molecule[x] for molecule in made]) for x in near}
-        tell_apart(name, "invalid", drawn, ~valid)
-        for title, good in ("valid", valid), ("valid and novel", novel):
-            curves.setdefault(title, {}).update({f"{name} {x}": selective(drawn[x], good) for x in SHOWN if x in near})
-        if far_dir:
-            far = script.load_data(dataclasses.replace(config, data_dir=far_dir, train_rows=0), data.table.device)
-            far, left_out = translate(far, data, known)
-            i, j = same_lengths(data.length[held], far.length[far.rows["far"]], seed)
-            i, j = np.sort(i), np.sort(j)           # as by_row orders them
-            strange = by_row(score(script, model, far, far.rows["far"][j]))
-            tell_apart(name, "far", {x: np.concatenate([near[x][i], strange[x]]) for x in near},
-                       np.arange(2 * len(i)) >= len(i))
+        table[name] |= describe(smiles, known_to(own), reference)
         same = [model.prop_names, model.scaffold] == [first.prop_names, first.scaffold]
         table[name] |= on_groups(lambda group: smiles if not same else [molecule["smiles"] for molecule in
             script.generate(model, n // len(groups) + 1, seed=seed, props=[*group["values"].values()] or None,
                             scaffold=group["ids"], **how)])
+
+        valid = np.array([canonical(x) is not None for x in smiles])
+        novel = valid & np.array([canonical(x) not in known_to(own) for x in smiles])
+        drawn = {x: np.array([molecule[x] for molecule in made]) for x in near}
+        for title, good in ("valid", valid), ("valid and novel", novel):
+            kept[title] |= {f"{name} {x}": selective(drawn[x], good) for x in SHOWN if x in near}
+        apart[f"{name} invalid"] = tell_apart(drawn, ~valid)
+        if far_dir:
+            near["length"] = own.length[own.rows[split]]
+            both, far, left_out = far_beside(script, model, own, config, far_dir, known_to(data), near, seed)
+            apart[f"{name} far"] = tell_apart(both, far)
         if model is first:
             write_csv(folder / "samples/final.csv", made)
             draw_grid(folder / "samples/final.png", made)
-    data = next(iter(models.values()))[1]
     for name, order in ("6-gram", 6), ("unigram", 1):
         ngram = NGram(data, order)
-        made = ngram.generate(n, seed)
+        smiles = ngram.generate(n, seed)
         table[name] = {f"{x} NLL": ngram.nll(data, x) for x in dict.fromkeys(("val", split))}
-        table[name] |= describe(made, known_to(data), reference) | on_groups(lambda group: made)
-    smiles = [data.smiles(row) for row in others]
+        table[name] |= describe(smiles, known_to(data), reference) | on_groups(lambda group: smiles)
+    smiles = [data.smiles(row) for row in np.random.default_rng(seed).permutation(data.rows["val"])[:n]]
     table["val rows"] = describe(smiles, known_to(data), reference) | on_groups(lambda group: smiles)
 
-    about = how | {"n": n, "seed": seed}
     log(f"{n} samples each at temperature {temperature}, top_k {top_k}, seed {seed}; NLL in nats per token; "
-        f"snn to w1_* are beside {len(held):,} {split} rows")
+        f"snn to w1_* are beside {len(data.rows[split]):,} {split} rows")
     for line in table_lines(table):
         log(line)
-    if far_dir:
-        log(f"far: {len(i):,} of {far_dir}, and as many {split} rows of the same lengths; left out "
-            + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
+    apart = {title: found for title, found in apart.items() if found}
     if apart:
         log("AUROC of each score, as mean and as highest of a molecule's tokens")
-        for line in table_lines(apart):
+        for line in table_lines({title: {x: of["AUROC"] for x, of in found.items()} for title, found in apart.items()}):
             log(line)
-    kept, found = ({what: curve for what, curve in curves.items() if what.startswith("valid") == wanted}
-                   for wanted in (True, False))
+    if far_dir:
+        log(f"far: {far.sum():,} of {far_dir} and as many {split} rows of the same lengths; left out: "
+            + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
     draw_curves(folder / "samples/selective.png", kept, "share of the samples kept, surest first", "share of the kept")
-    if found:
-        draw_curves(folder / "samples/roc.png", found, "false positive rate", "true positive rate")
-    kept = {what: {label: np.interp(np.linspace(0.1, 1, 10), *curve).tolist() for label, curve in of.items()}
-            for what, of in kept.items()}
-    about |= {"table": table, "AUROC": apart, "AUPR": aupr_of, "left out": left_out, "at 10 ... 100 % kept": kept}
+    curves = {what: {f"{title.removesuffix(what)}{x}": of.pop("roc") for title, found in apart.items()
+                     if title.endswith(what) for x, of in found.items() if x in SHOWN} for what in ("invalid", "far")}
+    if apart:
+        draw_curves(folder / "samples/roc.png", {what: found for what, found in curves.items() if found},
+                    "false positive rate", "true positive rate")
+    tenths = {title: {label: np.interp(np.linspace(0.1, 1, 10), *curve).tolist() for label, curve in of.items()}
+              for title, of in kept.items()}
+    about = how | {"n": n, "seed": seed, "far_dir": far_dir, "left out of far_dir": left_out, "table": table,
+                   "tell apart": {title: {x: {"AUROC": of["AUROC"], "AUPR": of["AUPR"]} for x, of in found.items()}
+                                  for title, found in apart.items()}, "share at 10 ... 100 % kept": tenths}
     (folder / "eval.json").write_text(json.dumps(about, indent=1))
     return table
 
