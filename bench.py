@@ -232,6 +232,8 @@ def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
     table, length = data.table.cpu().numpy(), data.block if longest else 0
     rows = NextTokens(table[start:start + n + 1] for start, n in zip(
         data.start[data.rows["train"]].tolist(), data.length[data.rows["train"]].tolist()))
+    if len(rows) < config.batch_size:
+        fail(f"--molecules: {len(rows)} training rows do not fill a batch of {config.batch_size}")
     sides = [our_steps(edl, device, config, steps),
              plain_steps(device, config, gpt2(transformers, config, data, device), rows, steps, length, edl.EOS)
              if transformers else None]

@@ -79,6 +79,8 @@ def read_config(path, fields):
 
 def resume_config(config, given, saved, fixed):
     """A checkpoint's config with the given fields on top; fail() if one of the fixed ones (model, data) was changed."""
+    for name in saved.keys() - vars(config).keys():
+        fail(f"--resume: {config.run_name} is a run of another script, with --{name}")
     for name in sorted(given & {*fixed}):
         if getattr(config, name) != saved[name]:
             fail(f"--resume: --{name} is {saved[name]!r} in the checkpoint, not {getattr(config, name)!r}; "
@@ -343,8 +345,6 @@ class Run:
         skipped = [row["skipped"] - before["skipped"] for before, row in zip([{"skipped": 0}] + rows, rows)]
         for step in [step for step, count in zip(steps, skipped) if count]:
             bottom.axvline(step, color="red", alpha=0.4)
-        top.set(ylabel="loss")
-        bottom.set(xlabel="optimizer step (red: steps were skipped)")
-        top.legend(), bottom.legend()
+        top.set(ylabel="loss"), bottom.set(xlabel="step (red: some were skipped)"), top.legend(), bottom.legend()
         figure.savefig(self.folder / "curves.png", dpi=100)
         plt.close(figure)

@@ -19,7 +19,7 @@ MLP] -> logits (B, T, K) -> evidence e = exp or softplus -> Dirichlet alpha = e 
 What used to break here                                       and what stops it
   lgamma and digamma in bfloat16: a KL off by 100x, negative    float32 islands, and a dirichlet_kl without cancellation
   evidence exp(o) that overflows                                logits clamped at 15
-  KL at full weight, which flattens the language model          --edl_kl_weight 0; checkpoints are chosen by NLL alone
+  KL at full weight, which flattens the language model          a thousandth of it; checkpoints are chosen by NLL alone
   a bad batch that one rank skips while the others wait         guard.backward and guard.step: one decision for all
   tokens drawn from alpha / S: K / S of uniform noise in each   tokens drawn from e / sum e
   no BOS, no EOS, no resume, a hard-coded vocabulary            all of it is in the data and in the checkpoint
@@ -47,11 +47,11 @@ from torch import nn
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
 from data.files import demo_set
-from data.molecules.report import generate_like, read_condition, report, summary, write_csv
+from data.molecules.report import generate_like, read_condition, report, summary, token_ids, write_csv
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
 
-# B rows (molecules), T positions, N = B T positions in a row, K tokens of the vocabulary (classes), D width, H heads
+# B rows (molecules), T positions, N = B T positions of a batch, K tokens of the vocabulary (classes), D width, H heads
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -95,7 +95,7 @@ class Config:
     use_edl: bool = True  # evidential head; --no_edl is the plain language model
     edl_loss_type: str = "digamma"  # log: Type-II likelihood; digamma: Bayes risk of cross-entropy; mse: of squares
     edl_evidence: str = "exp"  # exp or softplus of the logits
-    edl_kl_weight: float = 0.0  # of the KL to the uniform Dirichlet; the original's is 1
+    edl_kl_weight: float = 1e-3  # of the KL to the uniform Dirichlet; the original's is 1
     edl_annealing_step: float = 10.0  # epochs over which the KL's weight grows to its full size
     props: str = ""  # condition on these properties, as logp,tpsa: those that the data were prepared with
     scaffold: bool = False  # condition on the Bemis-Murcko scaffold
@@ -106,17 +106,18 @@ class Config:
 
     @property
     def prop_names(self):
-        return list(dict.fromkeys(filter(None, self.props.split(","))))
+        return list(dict.fromkeys(name.strip() for name in self.props.split(",") if name.strip()))
 
 
-CPU = dict(batch_size=16, max_epochs=8, learning_rate=2e-3, min_lr=0.02, warmup_steps=200, n_layer=4, n_head=4,
-           n_embd=128, dropout=0.0, eval_every=1000, save_every=1000, log_every=200, eval_rows=1000)
+CPU = dict(batch_size=16, max_epochs=6, learning_rate=2e-3, min_lr=0.02, warmup_steps=200, n_layer=4, n_head=4,
+           n_embd=128, dropout=0.0, edl_annealing_step=1.0, eval_every=1000, save_every=1000, log_every=200,
+           eval_rows=1000)
 DRY = dict(batch_size=16, max_steps=20, warmup_steps=5, n_layer=2, n_head=2, n_embd=32, eval_every=10, save_every=10,
            log_every=5)
 ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/molecules/{}",
            "no_edl": "use_edl=False", "wandb_online": "wandb=online"}
 FIXED = ("data_dir", "n_layer", "n_head", "n_embd", "use_edl", "edl_loss_type", "edl_evidence", "props", "scaffold",
-         "train_rows")                              # a resume keeps them
+         "train_rows", "seed")                      # a resume keeps them
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -172,7 +173,7 @@ def load_data(config, device="cpu"):
         kinds = ["tokens", "offsets"] + ["scaffold_tokens", "scaffold_offsets"] * config.scaffold
         array = {kind: np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in [*kinds, "split"]}
         props = np.load(folder / "props.npy") if names else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         fail(f"--data_dir {folder}: {error}; make one with python data/molecules/prepare.py --input FILE --name N")
     rows = {name: np.flatnonzero(array["split"] == i) for i, name in enumerate(meta["splits"])}
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
@@ -204,7 +205,7 @@ def bucketed_rows(data, split, global_batch, seed, window):
     rows = data.rows[split]
     size = max(1, min(WINDOW, len(rows) // global_batch))
     taken = rows[global_rows(len(rows), size * global_batch, seed, window)]
-    batches = taken[np.argsort((data.prefix + data.length)[taken], kind="stable")].reshape(size, global_batch)
+    batches = taken[np.argsort(data.prefix[taken] + data.length[taken], kind="stable")].reshape(size, global_batch)
     return np.random.default_rng([seed, window]).permutation(batches)
 
 
@@ -213,7 +214,7 @@ def get_rows(data, rows):
     (B, T) bool, which targets are the molecule's or its EOS; begin (B,) int64, where BOS stands; with --props props."""
     device = data.table.device
     start, begin, length = (cast(x[rows], device)[:, None] for x in (data.start, data.prefix, data.length))
-    t = torch.arange(int((data.prefix + data.length)[rows].max()), device=device)
+    t = torch.arange(int((data.prefix[rows] + data.length[rows]).max()), device=device)
     inside = t < begin + length
     index = torch.where(inside, start + t, start)
     batch = {"tokens": data.table[index].long(), "targets": data.table[index + 1].long(),
@@ -243,7 +244,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D / H)
         if past is not None:                        # [k, v] of the positions before, grown in place
             k, v = past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v))] if past else [k, v]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        causal, dropout = past is None or T > 1, self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
         return self.out(x.transpose(1, 2).reshape(B, T, D))
 
 
@@ -309,6 +311,8 @@ def load_model(path, device="cpu"):
     """best.safetensors, or an event's model.safetensors -> MolGPT in eval mode. Raises ValueError if it is damaged."""
     tensors, body = read_file(path)
     about = body["about"]
+    if "edl_evidence" not in about["config"]:
+        raise ValueError(f"{path} is of another script")
     model = MolGPT(Config(**about["config"]), about["vocab"], about["block"])
     load_tensors(model, tensors, path)
     return model.to(device).eval()
@@ -410,8 +414,7 @@ UNCERTAINTY = ("vacuity", "total", "aleatoric", "epistemic")
 
 
 def token_scores(log_e, targets, evidential):
-    """log_e (..., K), targets (...,) int64 -> dict of (...,) float32, all >= 0: nll of e / sum e, and UNCERTAINTY; of a
-    plain head total alone, the entropy of its softmax."""
+    """log_e (..., K), targets (...,) int64 -> dict of (...,) float32 >= 0: nll, UNCERTAINTY (of a softmax, total)."""
     log_p = log_e.log_softmax(-1)
     scores = {"nll": -log_p.gather(-1, targets[..., None])[..., 0]}
     return scores | (uncertainty(1 + log_e.exp()) if evidential else {"total": -(log_p.exp() * log_p).sum(-1)})
@@ -419,7 +422,7 @@ def token_scores(log_e, targets, evidential):
 
 def passes(model, data, rows, dtype=torch.float32):
     """Yield (rows, batch, logits (B, T, K) float32) of these rows, 256 of similar length at a time."""
-    rows = rows[np.argsort((data.prefix + data.length)[rows], kind="stable")]
+    rows = rows[np.argsort(data.prefix[rows] + data.length[rows], kind="stable")]
     for i in range(0, len(rows), 256):
         batch = get_rows(data, rows[i:i + 256])
         with autocast(data.table.device, dtype):
@@ -429,10 +432,11 @@ def passes(model, data, rows, dtype=torch.float32):
 
 @torch.no_grad()
 def evaluate(model, data, config, split="val", max_rows=0):
-    """Means over the targets of a split (of its first max_rows rows; 0: all) -> dict of floats, equal on all ranks.
+    """Means over the targets of a split (of max_rows of its rows, always the same; 0: all) -> dict, equal on all ranks.
 
     nll: nats per token of e / sum e, which chooses checkpoints; loss: without KL; and the others of token_scores."""
-    model, device, rows = unwrap(model), data.table.device, data.rows[split][:max_rows or None]
+    model, device, rows = unwrap(model), data.table.device, data.rows[split]
+    rows = np.random.default_rng(0).permutation(rows)[:max_rows] if max_rows else rows
     names = ("loss", "nll", *(UNCERTAINTY if config.use_edl else ("total",)))
     was_training, sums = model.training, [torch.zeros(len(names), device=device)]
     model.eval()
@@ -532,7 +536,7 @@ def run_training(config, device):
         saved = load_newest(folder, device)
         if saved:
             if [saved[1]["about"][key] for key in ("vocab", "block")] != [data.vocab, data.block]:
-                fail(f"--data_dir {config.data_dir}: its vocabulary or longest row is not the checkpoint's")
+                fail(f"--data_dir {config.data_dir or '(demo)'}: its vocabulary or longest row is not the checkpoint's")
             restore(raw_model, optimizer, *saved)
             start, best = saved[1]["step"], saved[1]["best"]
     elif agree(len(checkpoints(folder)), device):
@@ -625,12 +629,11 @@ def run_training(config, device):
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
     best_model = load_model(folder / "best.safetensors", device)
-    table = report(sys.modules[__name__], {"MolGPT": (best_model, data, config)}, folder,
+    table = report(sys.modules[__name__], {config.run_name: (best_model, data, config)}, folder,
                    32 if config.dry_run else 1000, log=run.log)
     files = ("samples/final.png", "curves.png", "best.safetensors", "eval.json")
     run.log(f"done: {folder} holds {', '.join(x for x in files if (folder / x).exists())}. More molecules:\n"
             f"python train_edl.py sample --run_name {config.run_name} --num_samples 1000")
-    agree(0, device)                                # the others wait for the samples
     return {"step": step, "best": best, "table": table}
 
 
@@ -644,7 +647,7 @@ class SampleFlags:
     top_k: int = 0  # draw from the k most likely tokens; 0: from all
     prompt: str = ""  # SMILES that every molecule starts with; C is how the original starts
     prop_values: str = ""  # as logp=2,tpsa=60: a value for each property that the model was trained with
-    scaffold_smiles: str = ""  # for a model trained with scaffolds; none: an acyclic molecule
+    scaffold_smiles: str = ""  # for a model trained with scaffolds; the word none: an acyclic molecule
     out: str = "samples.csv"  # where to write
     seed: int = 0  # of the drawing
     batch_size: int = 512  # molecules drawn at once
@@ -668,35 +671,25 @@ class EvalFlags:
 def open_run(flags, name, device):
     """-> the best model of the run of that name."""
     low, zero = min(flags.num_samples, getattr(flags, "batch_size", 1)), min(flags.top_k, flags.seed)
-    if low < 1 or flags.temperature <= 0 or zero < 0:
-        fail("--num_samples, --batch_size and --temperature must be above 0, --top_k and --seed not below")
+    if low < 1 or flags.temperature < 1e-3 or zero < 0 or flags.seed >= 2 ** 63:
+        fail("--num_samples, --batch_size must be above 0, --temperature at least .001, --top_k and --seed not below 0")
     try:
         return load_model(trained(flags.out_dir, name) / "best.safetensors", device)
     except ValueError as error:
         fail(error)
 
 
-def token_ids(model, flag, smiles):
-    """The ids of a SMILES string that a flag gave; fail() if the model cannot read it."""
-    try:
-        tokens = tokenize(smiles)
-    except ValueError as error:
-        fail(f"--{flag}: {error}")
-    for token in tokens:
-        if token not in model.vocab:
-            fail(f"--{flag}: the model has never seen {token!r}, only {' '.join(model.vocab[2:])}")
-    if len(tokens) >= model.block:
-        fail(f"--{flag} has {len(tokens)} tokens, the longest molecule of the model {model.block - 1}")
-    return [model.vocab.index(token) for token in tokens]
-
-
 def main_sample(argv):
     flags, _ = parse_flags(SampleFlags, argv, "Draw molecules from a trained model.")
     model = open_run(flags, flags.run_name, launch(flags.device))
     wanted = read_condition(model.prop_names, model.scaffold, flags.prop_values, flags.scaffold_smiles)
-    made = generate(model, flags.num_samples, flags.temperature, flags.top_k, token_ids(model, "prompt", flags.prompt),
-                    flags.seed, flags.batch_size, [*wanted["values"].values()] or None,
-                    token_ids(model, "scaffold_smiles", wanted["scaffold"] or ""))
+    script = sys.modules[__name__]
+    prompt = token_ids(script, model, "prompt", flags.prompt)
+    scaffold = token_ids(script, model, "scaffold_smiles", wanted["scaffold"] or "")
+    if Path(flags.out).is_dir():
+        fail(f"--out {flags.out} is a folder: name a file")
+    made = generate(model, flags.num_samples, flags.temperature, flags.top_k, prompt, flags.seed, flags.batch_size,
+                    [*wanted["values"].values()] or None, scaffold)
     write_csv(flags.out, made)
     print(f"{flags.out}: {summary(made, wanted)} at temperature {flags.temperature}")
 
@@ -709,11 +702,10 @@ def main_eval(argv):
         config = Config(**model.about["config"] | ({"data_dir": flags.data_dir} if flags.data_dir else {}))
         data = load_data(config, device)
         if data.vocab != model.vocab or data.block > model.block:
-            fail(f"--data_dir {config.data_dir}: its vocabulary or longest row is not that of {name}")
+            fail(f"--data_dir {config.data_dir or '(demo)'}: its vocabulary or longest row is not that of {name}")
         models[name] = model, data, config
     report(sys.modules[__name__], models, Path(flags.out_dir) / flags.run_name, flags.num_samples, flags.temperature,
-           flags.top_k, flags.seed, flags.far_dir)
-    finish()
+           flags.top_k, flags.seed, flags.far_dir, "eval")
 
 
 def settle(config, given):
@@ -725,8 +717,9 @@ def settle(config, given):
         fail(f"--num_gpus {config.num_gpus}, but {world} process(es): start it with "
              f"torchrun --nproc_per_node={config.num_gpus} train_edl.py")
     config = complete(config, given, CPU, DRY, FIXED)
-    if not 0 <= config.dropout < 1:
-        fail(f"--dropout {config.dropout}: must be in 0 ... 1")
+    for name in ("dropout", "train_rows", "eval_rows", "edl_kl_weight", "edl_annealing_step"):
+        if not 0 <= getattr(config, name) < (1 if name == "dropout" else math.inf):
+            fail(f"--{name} {getattr(config, name)}: must not be below 0, --dropout below 1")
     if config.n_embd % config.n_head:
         fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
     for name, choices in {"edl_loss_type": ("log", "digamma", "mse"), "edl_evidence": ("exp", "softplus")}.items():

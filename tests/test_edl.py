@@ -626,7 +626,7 @@ def test_samples_as_a_table(tmp_path, model):
                                     {"use_edl": False}], ids=["digamma exp", "mse softplus", "log exp", "plain"])
 def test_evaluation_is_the_mean_over_targets_one_row_at_a_time(demo, fields):
     config, model = small_config(**fields), small_model(demo.vocab, demo.block, dropout=0.3, **fields)
-    rows = demo.rows["train"][:300]                                     # more than one batch of 256
+    rows = np.random.default_rng(0).permutation(demo.rows["train"])[:300]       # more than one batch of 256
     model.train()
     found = evaluate(model, demo, config, "train", 300)
     assert model.training

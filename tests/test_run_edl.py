@@ -101,8 +101,8 @@ def test_measurements_are_strict_json(dry):
     assert set(rows[0]) == {"step", "split", "loss", "parts", "grad_norm", "lr", "skipped", "molecules_per_s"}
     assert set(rows[2]) == {"step", "split", "nll", "loss", *train_edl.UNCERTAINTY}
     table = json.loads((folder / "eval.json").read_text(), parse_constant=pytest.fail)["table"]
-    assert list(table) == ["MolGPT", "6-gram", "unigram", "val rows"]
-    assert table["MolGPT"]["val NLL"] == pytest.approx(rows[-1]["nll"], rel=1e-5) and table["val rows"]["valid"] == 1
+    assert list(table) == ["first", "6-gram", "unigram", "val rows"]
+    assert table["first"]["val NLL"] == pytest.approx(rows[-1]["nll"], rel=1e-5) and table["val rows"]["valid"] == 1
     about = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
     derived = about["derived"]
     assert derived["max_steps"] == 20 and derived["global_batch"] == 16 and about["world_size"] == 1
@@ -184,8 +184,8 @@ def test_eval(verbs, dry):
     found, before = (json.loads((home / "out/first/eval.json").read_text()) for home in (work, dry[0][0]))
     assert (found["n"], found["temperature"], found["seed"]) == (20, 0.8, 5)
     for name in ("val NLL", "test NLL", "ECE", "Brier"):                # do not depend on the sampling
-        assert found["table"]["first"][name] == before["table"]["MolGPT"][name]
-    assert len((work / "out/first/samples/final.csv").read_text().splitlines()) == 21
+        assert found["table"]["first"][name] == before["table"]["first"][name]
+    assert len((work / "out/first/samples/eval.csv").read_text().splitlines()) == 21
 
 
 @pytest.mark.parametrize("words, said", [
@@ -269,7 +269,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(interrupted, straight, data
     rows, wanted_rows = metrics_of(folder), metrics_of(straight)
     assert max(Counter((row["step"], row["split"]) for row in rows).values()) == 1
     assert [row for row in rows if row["split"] == "val"] == [row for row in wanted_rows if row["split"] == "val"]
-    evals = [json.loads((run / "eval.json").read_text())["table"]["MolGPT"] for run in (folder, straight)]
+    evals = [json.loads((run / "eval.json").read_text())["table"]["run"] for run in (folder, straight)]
     assert evals[0]["val NLL"] == evals[1]["val NLL"]
 
 
@@ -366,7 +366,7 @@ def test_one_process_two_processes_and_micro_batches_take_the_same_steps(data, t
         for name, tensor in one.items():
             if name.startswith("model."):                               # a key's bias has no gradient but rounding
                 assert (other[name] - tensor).abs().max() < (1e-3 if name.endswith("qkv.bias") else 1e-5), name
-    one, two, micro = (json.loads((tmp_path / name / "eval.json").read_text())["table"]["MolGPT"]["val NLL"]
+    one, two, micro = (json.loads((tmp_path / name / "eval.json").read_text())["table"][name]["val NLL"]
                        for name in ("one", "two", "micro"))
     assert one == pytest.approx(two, rel=1e-5) and one == pytest.approx(micro, rel=1e-5)    # all ranks evaluate
 
@@ -489,8 +489,9 @@ def test_a_run_without_a_name_gets_one_by_the_time(data, tmp_path):
 def test_a_set_without_test_rows_and_with_few_others(tmp_path):
     data = write_data(tmp_path / "set", ["C", "CC", "CCO"], ["CN"])
     answer = train_here(data, tmp_path / "run", max_steps=3)
-    assert list(answer["table"]) == ["MolGPT", "6-gram", "unigram", "val rows"]
-    assert "val NLL" in answer["table"]["MolGPT"] and "test NLL" not in answer["table"]["MolGPT"]
+    assert list(answer["table"]) == ["run", "6-gram", "unigram", "val rows"]
+    assert "val NLL" in answer["table"]["run"] and "test NLL" not in answer["table"]["run"]
+    assert "snn" not in answer["table"]["val rows"]                     # they would be compared with themselves
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -51,6 +51,11 @@ def canonical(smiles):
     return None if molecule is None else Chem.MolToSmiles(molecule)
 
 
+def murcko(molecule):
+    """-> SMILES of its Bemis-Murcko scaffold without stereo marks, "" of an acyclic one."""
+    return MurckoScaffold.MurckoScaffoldSmiles(mol=molecule)
+
+
 # -------------------------------------------------------------------------------------------- samples against a set
 def fingerprints(molecules):
     """List of molecules -> (n, 1024) uint8 of 0 and 1: Morgan, radius 2."""
@@ -70,12 +75,6 @@ def nearest(bits, others, chunk=2048):
     for i, j in itertools.product(range(0, len(bits), chunk), range(0, len(others), chunk)):
         best[i:i + chunk] = np.maximum(best[i:i + chunk], tanimoto(bits[i:i + chunk], others[j:j + chunk]).max(1))
     return best
-
-
-def internal_diversity(smiles):
-    """List of valid SMILES -> 1 - mean Tanimoto similarity over all pairs, self included."""
-    bits = fingerprints(map(parse, smiles))
-    return float(1 - tanimoto(bits, bits).mean())
 
 
 def brics_fragments(molecule):
@@ -231,7 +230,7 @@ def on_target(groups):
         spread = [p.std() for _, p in found if len(p) > 1]
         if spread:
             result[f"sd_{name}"] = float(np.mean(spread))
-    found = [compare_scaffolds(MurckoScaffold.MurckoScaffoldSmiles(mol=molecule), group["scaffold"])
+    found = [compare_scaffolds(murcko(molecule), group["scaffold"])
              for group, molecules in zip(groups, made) if group["scaffold"] is not None for molecule in molecules]
     if found:
         same, similarity = np.array(found).T                             # (n,) each
@@ -327,11 +326,11 @@ def draw_grid(path, made, n=24):
 
 
 def draw_curves(path, panels, x_label, y_label):
-    """{title: {label: (x, y)}} -> one PNG, a panel per title side by side; False, and no file, without matplotlib."""
+    """{title: {label: (x, y)}} -> one PNG, a panel per title side by side. No file without matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
@@ -342,22 +341,17 @@ def draw_curves(path, panels, x_label, y_label):
         axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    return True
 
 
-def table_lines(columns, order=()):
-    """{name: {metric: number}} -> list of lines: the names, then one line per metric with one cell per name.
-
-    First the metrics in `order`, then the others as they first appear. "-": the column lacks it, or it is None. A
-    metric that is a list or a dict anywhere is left out: it is for the JSON alone."""
+def table_lines(columns):
+    """{name: {metric: number}} -> list of lines: the names, then one line per metric with one cell per name ("-" where
+    the column lacks it), first those of the column that has most."""
     def cell(value):
         return "-" if value is None else f"{value:d}" if isinstance(value, Integral) else f"{value:.4f}"
-    every = [item for values in columns.values() for item in values.items()]
-    shown = dict(every).keys() - {metric for metric, value in every if isinstance(value, list | dict)}
+    longest = max(columns.values(), key=len)
     rows = [["", *columns]]
-    for metric in dict.fromkeys([*order, *dict(every)]):
-        if metric in shown:
-            rows.append([metric, *(cell(values.get(metric)) for values in columns.values())])
+    for metric in dict.fromkeys(metric for values in (longest, *columns.values()) for metric in values):
+        rows.append([metric, *(cell(values.get(metric)) for values in columns.values())])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [f"{row[0]:{widths[0]}}" + "".join(f"  {text:>{max(10, width)}}" for text, width in zip(row[1:], widths[1:]))
             for row in rows]
@@ -374,17 +368,20 @@ class NGram:
         self.order, self.w = order, w
         self.bos, self.eos, self.K = data.vocab.index("<bos>"), data.vocab.index("<eos>"), len(data.vocab)
         assert self.K ** order < 2 ** 62, f"order {order} is too high for a vocabulary of {self.K}"
-        codes = self.codes(data, data.rows["train"])
-        self.counts = [np.unique(code, return_counts=True) for code in codes]
-        self.contexts = [np.unique(code // self.K, return_counts=True) for code in codes]
+        self.counts, self.contexts = [], []
+        for code in self.codes(data, data.rows["train"]):
+            self.counts.append(np.unique(code, return_counts=True))
+            self.contexts.append(np.unique(code // self.K, return_counts=True))
 
     def codes(self, data, rows):
-        """For each order k: the last k tokens up to each target as the digits of one int64; before BOS stands BOS."""
+        """Yield for each order k the last k tokens up to each target as digits of an int64; before BOS stands BOS."""
         start, length = (data.start + data.prefix)[rows], data.length[rows]     # a scaffold in front is not read
         first = np.repeat(start, length)
         place = first + 1 + np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
-        digits = [self.table[np.maximum(place - lag, first)] * np.int64(self.K) ** lag for lag in range(self.order)]
-        return list(np.cumsum(digits, 0))
+        code = np.zeros(len(place), np.int64)
+        for lag in range(self.order):
+            code = code + self.table[np.maximum(place - lag, first)] * np.int64(self.K) ** lag
+            yield code
 
     def probability(self, codes):
         """Codes per order -> probability of their last digit's token after the other digits'."""

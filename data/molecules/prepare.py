@@ -41,12 +41,11 @@ import numpy as np
 import rdkit
 from rdkit import Chem, rdBase
 from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
-from rdkit.Chem.Scaffolds import MurckoScaffold
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fail  # noqa: E402
 from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
-from data.molecules.metrics import PROPERTIES, sascorer  # noqa: E402
+from data.molecules.metrics import PROPERTIES, murcko, sascorer  # noqa: E402
 from train_edl import SPECIALS, tokenize  # noqa: E402
 
 MAX_LINE = 10_000                                  # characters; a longer line is no molecule to learn from
@@ -193,7 +192,7 @@ def read_molecule(row, options):
     canonical = Chem.MolToSmiles(molecule)
     if "." in canonical:
         return Rejected(row.line, "salt or mixture", row.smiles)
-    scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=molecule) if options.scaffold else ""     # without stereo marks
+    scaffold = murcko(molecule) if options.scaffold else ""
     smiles = row.smiles if options.keep_smiles else canonical
     try:
         tokenize(row.smiles)                       # in any case: RDKit ignores strange characters at the end ("CCé")
@@ -268,7 +267,7 @@ def collect(results, options):
         props.extend(row.props)
         tokens.extend([token_ids.setdefault(token, len(token_ids)) for token in row.tokens + row.scaffold])
         offsets.append(len(tokens))
-        if len(split_ids) > 250 or len(token_ids) > 65_000:
+        if len(split_ids) > 250 or len(token_ids) > 32_000:
             fail(f"{len(split_ids)} different splits and {len(token_ids):,} different tokens by line {row.line:,}: are "
                  "these the right columns? (--split_column, --smiles_column)")
     table = {"line": line, "identity": identity, "size": size, "split": split, "tokens": tokens, "offsets": offsets}
