@@ -338,7 +338,7 @@ def draw_curves(path, panels, x_label, y_label):
         for label, (x, y) in curves.items():
             axis.plot(x, y, label=label)
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
-        axis.legend()
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
