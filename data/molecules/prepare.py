@@ -463,7 +463,7 @@ UNLIKELY = [Chem.MolFromSmarts(smarts) for smarts in (
     "[#7,#8,S&X2,F,Cl,Br]-!@[#7,#8,S&X2]", "[#7,#8,S&X2]-!@[CX4]-[#7,#8,S&X2,Cl,Br]", "[#7]-!@[CX4]-F", "[#7]-!@C#N",
     "[#6,S](=O)-!@[#6,S]=O")]
 DEMO_ROWS, DEMO_JOB = 24_000, 250
-DEMO_RECIPE = 1                                    # raised when other molecules come out: prepare.py then builds it anew
+DEMO_RECIPE = 1                                    # raised when other molecules come out, to build old sets anew
 HYDROGEN = 1.008
 
 def write_fragment(pieces, bonds):
