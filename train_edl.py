@@ -47,7 +47,7 @@ from torch import nn
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
 from data.files import demo_set
-from data.molecules.report import generate_like, read_condition, report, summary, token_ids, write_csv
+from data.molecules.report import generate_like, read_condition, report, strings, summary, token_ids, write_csv
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
 
@@ -152,8 +152,7 @@ class Data:
 
     def smiles(self, row):
         """The row as a string, without its scaffold."""
-        begin = self.start[row] + self.prefix[row] + 1
-        return "".join(self.vocab[i] for i in self.table[begin:begin + self.length[row] - 1].tolist())
+        return strings(self, np.array([row]))[0]
 
 
 def load_data(config, device="cpu"):

@@ -82,7 +82,7 @@ def generate_like(script, model, data, n, seed=0, **how):
 
 def strings(data, rows):
     """Rows -> list of SMILES, without a look at the device for each."""
-    table, begin = data.table.cpu().numpy(), (data.start + data.prefix + 1)[rows]
+    table, begin = data.table.cpu().numpy(), data.start[rows] + data.prefix[rows] + 1
     return ["".join(data.vocab[i] for i in table[first:first + size - 1].tolist())
             for first, size in zip(begin.tolist(), data.length[rows].tolist())]
 
@@ -201,8 +201,9 @@ def report(script, models, folder, n, temperature=1.0, top_k=0, seed=0, far_dir=
             script.generate(model, n // len(groups) + 1, seed=seed, props=[*group["values"].values()] or None,
                             scaffold=group["ids"], **how)])
 
-        valid = np.array([canonical(x) is not None for x in smiles])
-        novel = valid & np.array([canonical(x) not in known_to(own) for x in smiles])
+        written = [canonical(x) for x in smiles]
+        valid = np.array([x is not None for x in written])
+        novel = valid & np.array([x not in known_to(own) for x in written])
         drawn = {x: np.array([molecule[x] for molecule in made]) for x in near}
         for title, good in ("valid", valid), ("valid and novel", novel):
             kept[title] |= {f"{name} {x}": selective(drawn[x], good) for x in SHOWN if x in near}
