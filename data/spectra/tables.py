@@ -1,0 +1,128 @@
+"""Molecules and spectra as tables on the device, from which a batch of any rows is cut; see data/README.md for the arrays."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cast, fail
+from data.spectra.features import ECFP_BITS, N_FEATURES, featurise, read_smiles
+
+
+class Ragged:
+    """Rows of different lengths back to back: columns of equal length on the device, offsets (rows + 1,) on the host."""
+    def __init__(self, offsets, *columns, device="cpu"):
+        self.offsets, self.columns, self.device = offsets, cast(columns, torch.device(device)), torch.device(device)
+
+    def take(self, rows):
+        """rows (k,) int64 -> owner (n,) int64, which of the k an entry belongs to; begin (k,), each one's first entry;
+        and the entries of each column, on the device."""
+        length = self.offsets[rows + 1] - self.offsets[rows]
+        begin = np.cumsum(length) - length
+        owner = np.repeat(np.arange(len(rows)), length)
+        place = np.arange(len(owner)) + (self.offsets[rows] - begin)[owner]
+        owner, begin, place = cast((owner, begin, place), self.device)
+        return owner, begin, *(column[place] for column in self.columns)
+
+
+class Molecules:
+    """What is known of molecules before any spectrum: features.join()'s arrays as tables on the device."""
+    def __init__(self, arrays, bins, device="cpu"):
+        self.n, self.bins, self.device = len(arrays["mass"]), bins, torch.device(device)
+        self.mass = arrays["mass"].astype(np.int64)             # (n,) nominal mass
+        self.on_device = cast(self.mass, self.device)
+        index, count = arrays["fp_index"].astype(np.int64), arrays["fp_count"].astype(np.float32)
+        value = np.where(index < ECFP_BITS, 1, np.log1p(count)).astype(np.float32)
+        self.fingerprint = Ragged(arrays["fp_offsets"], index, value, device=device)
+        self.atoms = Ragged(arrays["atom_offsets"], arrays["atoms"][:, :7].astype(np.int64), device=device)
+        self.bonds = Ragged(arrays["bond_offsets"], arrays["bonds"].astype(np.int64), device=device)
+        kind, size, atom = (arrays[f"fragment_{name}"].astype(np.int64) for name in ("kind", "size", "atoms"))
+        per_molecule = np.diff(arrays["fragment_offsets"])
+        nth = np.arange(len(kind)) - np.repeat(arrays["fragment_offsets"][:-1], per_molecule)
+        first_atom = np.repeat(np.repeat(arrays["atom_offsets"][:-1], per_molecule), size)
+        mass = np.add.reduceat(arrays["atoms"][first_atom + atom, 7].astype(np.int64), np.cumsum(size) - size)
+        self.fragments = Ragged(arrays["fragment_offsets"], kind, mass, device=device)
+        self.members = Ragged(arrays["member_offsets"], np.repeat(nth, size), atom, device=device)
+
+    def inputs(self, rows, graph):
+        """rows (B,) int64 -> dict of tensors on the device that a student reads, with graph also what a teacher does.
+
+        mass (B,) int64; fp_index, fp_value (n,), fp_begin (B,); fragments (B, 3, Z) float32, log(1 + number of fragments
+        of each kind and mass). Graph: atoms (A, 7) int64, atom_owner (A,); edges (2, 2E) int64, each bond both ways,
+        edge_kind (2E,) int64; fragment_kind, fragment_mass, fragment_owner (F,); members (2, n): fragment, atom."""
+        _, begin, index, value = self.fingerprint.take(rows)
+        owner, fragment_begin, kind, mass = self.fragments.take(rows)
+        shown = (kind > 0) & (mass < self.bins)
+        cell = torch.where(shown, (owner * 3 + kind - 1) * self.bins + mass, 0)
+        counts = mass.new_zeros(len(rows) * 3 * self.bins, dtype=torch.float32).index_add(0, cell, shown.float())
+        batch = {"mass": self.on_device[cast(rows, self.device)], "fp_index": index, "fp_value": value,
+                 "fp_begin": begin, "fragments": counts.view(len(rows), 3, self.bins).log1p()}
+        if graph:
+            atom_owner, atom_begin, atoms = self.atoms.take(rows)
+            bond_owner, _, bonds = self.bonds.take(rows)
+            ends = (bonds[:, :2] + atom_begin[bond_owner][:, None]).T
+            member_owner, _, nth, atom = self.members.take(rows)
+            members = torch.stack([nth + fragment_begin[member_owner], atom + atom_begin[member_owner]])
+            batch |= {"atoms": atoms, "atom_owner": atom_owner, "edges": torch.cat([ends, ends.flip(0)], 1),
+                      "edge_kind": (bonds[:, 2] * 2 + bonds[:, 3]).repeat(2), "fragment_kind": kind,
+                      "fragment_mass": mass, "fragment_owner": owner, "members": members}
+        return batch
+
+
+@dataclass(eq=False)
+class Data:
+    meta: dict  # of the data set
+    molecules: Molecules
+    molecule: np.ndarray  # (spectra,) int64, whose each spectrum is
+    peaks: Ragged  # of each spectrum: bin int64, intensity float32, base peak 1
+    rows: dict  # split -> (molecules of the split,) int64
+    spectra: dict  # split -> (their spectra,) int64
+    first: np.ndarray  # (molecules,) int64, the first spectrum of each, which stands for it in a library
+    names: list  # (molecules,) SMILES
+    taught: dict = None  # what the teachers say of each molecule: see ask_teachers
+
+    @property
+    def mass(self):
+        return self.molecules.mass
+
+    def dense(self, spectra):
+        """spectra (k,) int64 -> (k, Z) float32 intensities, base peak 1, on the device."""
+        owner, _, place, value = self.peaks.take(spectra)
+        out = value.new_zeros(len(spectra) * self.molecules.bins)
+        return out.index_put((owner * self.molecules.bins + place,), value).view(len(spectra), -1)
+
+    def measured(self):
+        return self.dense(self.first).cpu()
+
+    def replicates(self):
+        """-> molecules (r,) that have a second spectrum, and that spectrum (r, Z)."""
+        others = np.setdiff1d(np.arange(len(self.molecule)), self.first)
+        molecules, place = np.unique(self.molecule[others], return_index=True)
+        return molecules, self.dense(others[place]).cpu()
+
+    def bits(self, rows):
+        owner, _, index, _ = self.molecules.fingerprint.take(rows)
+        bits = index.new_zeros(len(rows), N_FEATURES, dtype=torch.float32).index_put(
+            (owner, index), index.new_ones((), dtype=torch.float32))
+        return bits[:, :ECFP_BITS].cpu()
+
+    def smiles(self, row):
+        return self.names[row]
+
+
+def read_molecules(path):
+    """A file with a SMILES per line, perhaps a name after it -> list of featurise()'s answers, names, and what could not
+    be read as dicts of line, reason, text."""
+    made, names, bad = [], [], []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read: {error}")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                made.append(featurise(read_smiles(line.split()[0])))
+                names.append(line.strip())
+            except (ValueError, OverflowError, RuntimeError) as error:
+                bad.append({"line": number, "reason": str(error), "text": line[:80]})
+    return made, names, bad
