@@ -359,21 +359,23 @@ def pool(h, score, owner, n):
 
 
 class Fragments(nn.Module):
-    """Scores of each fragment, from the atoms inside and outside and the whole molecule -> what they add to (B, Z)."""
+    """Scores of each fragment, from the atoms inside, outside and at the broken bonds -> what they add to (B, Z)."""
     def __init__(self, config):
         super().__init__()
         G = config.gnn_width
         self.inside, self.outside, self.whole = nn.Linear(G, G), nn.Linear(G, G, False), nn.Linear(config.width, G, False)
+        self.ends, self.bond = nn.Linear(G, G), nn.Embedding(MASKED, G)
         self.kind, self.norm, self.drop = nn.Embedding(4, G), nn.LayerNorm(G), nn.Dropout(config.dropout / 3)
         self.up, self.down = nn.Linear(G, G), nn.Linear(G, SHIFTS)
 
     def forward(self, atoms, h, batch, bins):
-        owner, (fragment, atom) = batch["fragment_owner"], batch["members"]
-        with float32_island(atoms):
-            atoms = atoms.float()
-            inside = atoms.new_zeros(len(owner), atoms.shape[1]).index_add(0, fragment, atoms[atom])
-            everything = atoms.new_zeros(len(h), atoms.shape[1]).index_add(0, batch["atom_owner"], atoms)
+        owner, (fragment, atom), (breaker, bond) = batch["fragment_owner"], batch["members"], batch["broken"]
+        ends = batch["edges"][:, :batch["edges"].shape[1] // 2]         # each bond once
+        bonds = self.ends(atoms[ends[0]] + atoms[ends[1]]).float() + self.bond(batch["edge_kind"][:ends.shape[1]])
+        inside = atoms.new_zeros(len(owner), atoms.shape[1]).index_add(0, fragment, atoms[atom])
+        everything = atoms.new_zeros(len(h), atoms.shape[1]).index_add(0, batch["atom_owner"], atoms)
         x = self.inside(inside) + self.outside(everything[owner] - inside) + self.whole(h)[owner]
+        x = x.float().index_add(0, breaker, bonds[bond])
         x = self.drop(F.gelu(self.norm(x + self.kind(batch["fragment_kind"]))))
         scores = self.down(F.gelu(self.up(x))).float()                          # (F, SHIFTS)
         place = batch["fragment_mass"][:, None] + torch.arange(SHIFTS, device=owner.device) - SHIFTS // 2
@@ -548,7 +550,9 @@ def predict(model, molecules, rows, dtype=torch.float32):
 def evaluate(model, data, config, split="val"):
     """Over a split, equal on all ranks -> dict: loss, 1 - weighted cosine; recall@10, the library search of protocol A;
     error, 1 - recall@10, which chooses checkpoints. For --phase pretrain loss and error of the hidden bonds."""
-    model, rows, was_training = unwrap(model).eval(), data.rows[split], model.training
+    model, rows = unwrap(model), data.rows[split]
+    was_training = model.training
+    model.eval()
     if config.phase == "pretrain":
         rows = rows[:2048]
         hidden = np.arange(len(rows)), np.random.default_rng(0)

@@ -494,7 +494,7 @@ def test_limit_is_a_seeded_sample_in_the_order_of_the_file(tmp_path):
     assert len(build(tmp_path, text, "--limit", 99, "--force").spectra) == 30
 
 
-def test_a_finished_set_is_left_alone_and_a_changed_input_is_noticed(tmp_path, capsys):
+def test_a_finished_set_is_left_alone_and_a_changed_input_is_noticed(tmp_path, capsys, monkeypatch):
     folder, mols = tmp_path / "out" / "set", tmp_path / "mols"
     mols.mkdir()
     (mols / "ID1.MOL").write_text(mol_block("CCCCO"))
@@ -524,6 +524,9 @@ def test_a_finished_set_is_left_alone_and_a_changed_input_is_noticed(tmp_path, c
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"format": 0}))
     assert rebuilt(text, *flags)
+    monkeypatch.setattr(prepare, "featurise", lambda molecule: features.featurise(molecule) | {"new": np.zeros(1)})
+    monkeypatch.setattr(prepare, "join", lambda rows: {"mass": np.concatenate([row["mass"] for row in rows])})
+    assert rebuilt(text, *flags) and not rebuilt(text, *flags)       # features.py changed
 
 
 def test_a_failed_run_leaves_the_old_set_and_no_litter(tmp_path):

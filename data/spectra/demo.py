@@ -8,7 +8,8 @@ of its channels) of what reaches it and passes the rest on in proportion to the 
 * K is 1 for the molecule and 9 for its fragments, + 12 per aromatic ring and 3 per other ring that is whole in it.
 * Channel cleavage, of each acyclic single bond: bond_rate() says how fast, and either side keeps the charge in
   proportion to stability() * bulk() of what this ion has of it; SHIFTS gives its hydrogen shift, of -3 to 2 in all.
-* Channel McLafferty, of the bond 2 atoms from an acyclic C=O with a hydrogen on the third: the carbonyl's side gains H.
+* Channel McLafferty, of the acyclic C-C bond next but one to a C=O, if its far end has a carbon with a hydrogen: the
+  carbonyl's side gains it and keeps the charge.
 * Channel loss, LOSSES: H2O from alcohols, HX from halides, HCN from nitriles and pyridine-like rings, CO from phenols
   and ring ketones, C2H2 from aromatic rings, C2H4 from saturated rings (opposite a double bond, retro-Diels-Alder, six
   times as fast), H beside N or an aromatic ring; and H2 from ions that are all alkyl.
@@ -33,7 +34,7 @@ REPLICATES = 0.15                                  # share of the molecules that
 NOISE, REPLICATE_NOISE = 0.1, 0.3                  # sd of the logarithm of an intensity
 SMALL, SMALL_LOST = 0.05, 0.3                      # peaks of a second record below that are lost with that probability
 CUT = 0.01                                         # of the base peak
-FAINT = 0.01                                      # of the molecular ion: breaks no further
+FAINT = 0.01                                       # of the molecular ion: breaks no further
 TRACE = 2e-4                                       # a channel that carries less is left out
 AIR = (18, 28, 32, 44)                             # m/z
 

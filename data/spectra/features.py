@@ -7,7 +7,7 @@ from rdkit.Chem import rdFingerprintGenerator
 
 ECFP_BITS, COUNT_BITS = 4096, 2048
 N_FEATURES = ECFP_BITS + COUNT_BITS
-ELEMENTS = ("C", "H", "B", "N", "O", "F", "Si", "P", "S", "Cl", "Ge", "As", "Se", "Br", "Sn", "Te", "I")    # else: the last
+ELEMENTS = ("C", "H", "B", "N", "O", "F", "Si", "P", "S", "Cl", "Ge", "As", "Se", "Br", "Sn", "Te", "I")    # or other
 HYBRIDISATIONS = tuple(getattr(Chem.HybridizationType, name) for name in ("SP", "SP2", "SP3", "SP3D"))
 BOND_TYPES = tuple(getattr(Chem.BondType, name) for name in ("SINGLE", "DOUBLE", "TRIPLE", "AROMATIC"))
 ATOM_SIZES = (18, 7, 5, 5, 5, 2, 6)  # element, degree, charge + 2, hydrogens, hybridisation, aromatic, smallest ring
@@ -56,7 +56,8 @@ def graph(molecule):
     rings = molecule.GetRingInfo()
     atoms = [[_place(atom.GetSymbol(), ELEMENTS), min(atom.GetDegree(), 6), min(max(atom.GetFormalCharge(), -2), 2) + 2,
               min(atom.GetTotalNumHs(), 4), _place(atom.GetHybridization(), HYBRIDISATIONS), int(atom.GetIsAromatic()),
-              min(max(rings.MinAtomRingSize(atom.GetIdx()) - 2, 0), 5), mass_number(atom)] for atom in molecule.GetAtoms()]
+              min(max(rings.MinAtomRingSize(atom.GetIdx()) - 2, 0), 5), mass_number(atom)]
+             for atom in molecule.GetAtoms()]
     bonds = [[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), min(_place(bond.GetBondType(), BOND_TYPES), 3),
               int(bond.IsInRing())] for bond in molecule.GetBonds()]
     return np.array(atoms, np.uint8), np.array(bonds, np.uint8).reshape(-1, 4)
@@ -104,7 +105,8 @@ def fragments(molecule, limit=128):
             left &= ~part
             touched = sum(1 << i for i in ring if near[i] & part)
             hanging.append((part, touched))
-        links = [near[i] & ring_set & ~(1 << a | 1 << b) for a, i, b in zip(ring[-1:] + ring, ring, ring[1:] + ring[:1])]
+        beside = zip(ring[-1:] + ring, ring, ring[1:] + ring[:1])
+        links = [near[i] & ring_set & ~(1 << a | 1 << b) for a, i, b in beside]         # bonds across the ring
         for start in range(len(ring)):
             for size in range(1, len(ring) - start):
                 arc = sum(1 << i for i in ring[start:start + size])
@@ -129,18 +131,23 @@ def fragments(molecule, limit=128):
 
 def featurise(molecule):
     """-> dict of the arrays of one molecule, as the functions above give them; join() puts those of many together."""
-    (fp_index, fp_count), (atoms, bonds), (kind, member) = (
-        make(molecule) for make in (fingerprint, graph, fragments))
+    (fp_index, fp_count), (atoms, bonds), (kind, member) = (make(molecule) for make in (fingerprint, graph, fragments))
+    broken = member[:, bonds[:, 0]] ^ member[:, bonds[:, 1]]            # (F, E)
     return {"mass": np.array([nominal_mass(molecule)], np.int16), "fp_index": fp_index, "fp_count": fp_count,
             "atoms": atoms, "bonds": bonds, "fragment_kind": kind,
-            "fragment_size": member.sum(1).astype(np.uint8), "fragment_atoms": np.nonzero(member)[1].astype(np.uint8)}
+            "fragment_size": member.sum(1).astype(np.uint8), "fragment_atoms": np.nonzero(member)[1].astype(np.uint8),
+            "fragment_broken": broken.sum(1).astype(np.uint8), "broken_bonds": np.nonzero(broken)[1].astype(np.uint16)}
+
+
+OFFSETS = {"fp": "fp_index", "atom": "atoms", "bond": "bonds", "fragment": "fragment_kind", "member": "fragment_atoms",
+           "broken": "broken_bonds"}
 
 
 def join(molecules):
     """A list of featurise()'s answers -> dict of arrays back to back, each with its *_offsets (n + 1,) int64."""
-    names = {"fp": "fp_index", "atom": "atoms", "bond": "bonds", "fragment": "fragment_kind", "member": "fragment_atoms"}
     arrays = {name: np.concatenate([one[name] for one in molecules]) for name in molecules[0]}
-    return arrays | {f"{name}_offsets": np.cumsum([0, *(len(one[of]) for one in molecules)]) for name, of in names.items()}
+    return arrays | {f"{name}_offsets": np.cumsum([0, *(len(one[of]) for one in molecules)])
+                     for name, of in OFFSETS.items()}
 
 
 def split_of(block1):

@@ -155,9 +155,8 @@ def report(data, predict, split, folder, log=print, extra={}, stem="final", besi
         columns["replicate"] = describe(second, twice, measured, mass)
     for line in table_lines(columns):
         log(line)
-    log(f"{split} molecules, R@k by weighted cosine in a library of {len(measured):,}: A predicted spectra search among "
-        "measured ones,")
-    log("N measured ones search in the library that holds the predicted ones")
+    log(f"{split} molecules, R@k by weighted cosine in a library of {len(measured):,}; A: predicted spectra search it,")
+    log("N: measured ones search it with the predicted ones in it")
     log(f"replicate: a second measured spectrum as the prediction, {len(twice):,} molecules of {of}" if len(twice) else
         "no replicate column: no molecule was measured twice")
     for name, value in extra.items():

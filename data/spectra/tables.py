@@ -1,4 +1,4 @@
-"""Molecules and spectra as tables on the device, from which a batch of any rows is cut; see data/README.md for the arrays."""
+"""Molecules and spectra as tables on the device, from which batches are cut; data/README.md describes the arrays."""
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from data.spectra.features import ECFP_BITS, N_FEATURES, featurise, read_smiles
 
 
 class Ragged:
-    """Rows of different lengths back to back: columns of equal length on the device, offsets (rows + 1,) on the host."""
+    """Rows of different lengths back to back: columns on the device, offsets (rows + 1,) int64 on the host."""
     def __init__(self, offsets, *columns, device="cpu"):
         self.offsets, self.columns, self.device = offsets, cast(columns, torch.device(device)), torch.device(device)
 
@@ -43,13 +43,16 @@ class Molecules:
         mass = np.add.reduceat(arrays["atoms"][first_atom + atom, 7].astype(np.int64), np.cumsum(size) - size)
         self.fragments = Ragged(arrays["fragment_offsets"], kind, mass, device=device)
         self.members = Ragged(arrays["member_offsets"], np.repeat(nth, size), atom, device=device)
+        broken = np.repeat(nth, arrays["fragment_broken"]), arrays["broken_bonds"].astype(np.int64)
+        self.broken = Ragged(arrays["broken_offsets"], *broken, device=device)
 
     def inputs(self, rows, graph):
         """rows (B,) int64 -> dict of tensors on the device that a student reads, with graph also what a teacher does.
 
         mass (B,) int64; fp_index, fp_value (n,), fp_begin (B,); fragments (B, 3, Z) float32, log(1 + number of fragments
         of each kind and mass). Graph: atoms (A, 7) int64, atom_owner (A,); edges (2, 2E) int64, each bond both ways,
-        edge_kind (2E,) int64; fragment_kind, fragment_mass, fragment_owner (F,); members (2, n): fragment, atom."""
+        edge_kind (2E,) int64; fragment_kind, fragment_mass, fragment_owner (F,); members (2, n): fragment, atom;
+        broken (2, n): fragment, bond that it breaks, a column of edges."""
         _, begin, index, value = self.fingerprint.take(rows)
         owner, fragment_begin, kind, mass = self.fragments.take(rows)
         shown = (kind > 0) & (mass < self.bins)
@@ -59,11 +62,13 @@ class Molecules:
                  "fp_begin": begin, "fragments": counts.view(len(rows), 3, self.bins).log1p()}
         if graph:
             atom_owner, atom_begin, atoms = self.atoms.take(rows)
-            bond_owner, _, bonds = self.bonds.take(rows)
+            bond_owner, bond_begin, bonds = self.bonds.take(rows)
             ends = (bonds[:, :2] + atom_begin[bond_owner][:, None]).T
             member_owner, _, nth, atom = self.members.take(rows)
             members = torch.stack([nth + fragment_begin[member_owner], atom + atom_begin[member_owner]])
-            batch |= {"atoms": atoms, "atom_owner": atom_owner, "edges": torch.cat([ends, ends.flip(0)], 1),
+            broken_owner, _, broken_nth, bond = self.broken.take(rows)
+            broken = torch.stack([broken_nth + fragment_begin[broken_owner], bond + bond_begin[broken_owner]])
+            batch |= {"broken": broken, "atoms": atoms, "atom_owner": atom_owner, "edges": torch.cat([ends, ends.flip(0)], 1),
                       "edge_kind": (bonds[:, 2] * 2 + bonds[:, 3]).repeat(2), "fragment_kind": kind,
                       "fragment_mass": mass, "fragment_owner": owner, "members": members}
         return batch
