@@ -23,14 +23,12 @@ What used to break here                                       and what stops it
   balancing bias ignored, or moved by a skipped batch           Student.follow: torch.where(bad, old, new)
   GradNorm on unweighted norms, weights run away                weighted norms, weights clamped
   MC dropout through train() moves BatchNorm                    no BatchNorm; only nn.Dropout is switched on
-  replicates of a molecule on both sides of the split           split by the first block of the InChIKey
   a molecule without bonds, attention that overflows            segment sums, softmax with the maximum taken off
 
 Wei et al. 2019 (NEIMS, ACS Cent. Sci. 5, 700). Xu et al. 2019 (GIN), Hu et al. 2020 (GINE, arXiv 1905.12265). Fedus et
 al. 2021 (Switch, arXiv 2101.03961, eq. 4). Wang et al. 2024 (balancing without a loss, arXiv 2408.15664).
 """
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -45,14 +43,18 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set, file_sha256
+from data.files import demo_set, weights_file
 from data.spectra import metrics, search
-from data.spectra.features import ATOM_SIZES, N_FEATURES, join
-from data.spectra.tables import Data, Molecules, Ragged, read_molecules
+from data.spectra.features import ATOM_SIZES, N_FEATURES
+from data.spectra.search import EvalFlags, RankFlags, SampleFlags  # noqa: F401
+from data.spectra.tables import MASKED, read_folder, read_list
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
 
 # B rows (spectra), A atoms and F fragments of a batch's molecules, G width of an atom, D width, Z bins (m/z), E experts
+RIVALS = 2048  # measured spectra among which the right one is to be found
+BEYOND = 5  # bins above the nominal mass, for isotopes; none are predicted beyond
+SHIFTS = 11  # a fragment may show up to 5 bins beside its mass
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -129,79 +131,42 @@ FIXED = ("data_dir", "phase", "teacher", "init", "smiles", "width", "blocks", "e
 # ------------------------------------------------------------------------------------------------------------ data
 def load_data(config, device="cpu"):
     """data_dir -> Data on the device; without data_dir the demo set, which rank 0 builds if it is not there yet."""
+    if config.smiles:
+        return read_list(config.smiles, device)
     demo = ("demo300", device, "--limit", "300") if config.dry_run else ("demo", device)
     folder = Path(config.data_dir) if config.data_dir else demo_set("spectra", *demo)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        array = {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
-        names = [line.split(",")[1] for line in (folder / "molecules.csv").read_text().splitlines()[1:]]
-        molecules = Molecules(array, meta["bins"], device)
-        peaks = Ragged(array["peak_offsets"], array["peak_bin"].astype(np.int64), array["peak_value"], device=device)
-        molecule, split = array["molecule"].astype(np.int64), array["split"]
+        data = read_folder(folder, device)
     except (OSError, ValueError, KeyError, IndexError) as error:
         fail(f"--data_dir {folder}: {error!r}; make one with python data/spectra/prepare.py --msp FILE --name N")
-    rows = {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}
-    if not len(rows.get("train", [])) or not len(rows.get("val", [])):
+    if not len(data.rows.get("train", [])) or not len(data.rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
-    spectra = {name: np.flatnonzero(split[molecule] == i) for i, name in enumerate(meta["splits"])}
-    return Data(meta, molecules, molecule, peaks, rows, spectra, np.unique(molecule, return_index=True)[1], names)
-
-
-def load_smiles(path, device="cpu"):
-    """--phase pretrain's molecules, a SMILES per line -> Data without spectra; every tenth one is for validation."""
-    made, names, bad = read_molecules(path)
-    if len(made) < 20:
-        fail(f"--smiles {path}: {len(made)} molecules that RDKit can read, {len(bad)} that it cannot; 20 are needed")
-    print(f"--smiles {path}: {len(made):,} molecules, {len(bad):,} lines left out", flush=True)
-    rows = {"train": np.flatnonzero(np.arange(len(made)) % 10), "val": np.arange(0, len(made), 10)}
-    return Data({}, Molecules(join(made), 1, device), np.arange(len(made)), None, rows, rows, None, names)
-
-
-RIVALS = 2048                                       # measured spectra among which the right one is to be found
-
-
-def pool_of(data, config):
-    """split -> what an epoch passes over: the spectra, or to pretrain the molecules."""
-    return data.rows if config.phase == "pretrain" else data.spectra
+    return data
 
 
 def get_batch(data, split, step, config, micro=0):
     """This rank's micro-batch of a step: Molecules.inputs, with target (B, Z) float32 = sqrt(intensity), count (rows of
-    the whole step, all ranks), progress 0 ... 1 of the training, and what the phase needs: rival spectra (R, Z) and
+    the whole step, all ranks), temperature, along a cosine, and what the phase needs: rival spectra (R, Z) and
     which of them are_own (B, R) bool; taught (B, Z), confidence (B,), feature (B, .) by the teachers; asked bonds."""
-    global_batch, pool = config.batch_size * config.grad_accum * world_size(), pool_of(data, config)[split]
+    global_batch, pool = config.batch_size * config.grad_accum * world_size(), data.pool(config.phase)[split]
     rows = pool[global_rows(len(pool), global_batch, config.seed, step)]
     mine = local_rows(np.arange(global_batch), micro, config.grad_accum)
     rng, device = np.random.default_rng([config.seed, step]), data.molecules.device
     if config.phase == "pretrain":
-        return mask_bonds(data.molecules.inputs(rows[mine], True), data, rows, mine, rng)
+        return data.molecules.hide_bonds(rows, mine, rng)
     molecules, epochs = data.molecule[rows[mine]], step * global_batch / len(pool)
-    progress = step / config.max_steps if config.max_steps else epochs / config.max_epochs
+    progress = min(1.0, step / config.max_steps if config.max_steps else epochs / config.max_epochs)
+    warm = (1 + math.cos(math.pi * progress)) / 2
     batch = data.molecules.inputs(molecules, config.phase == "teacher") | {
-        "target": data.dense(rows[mine]).sqrt(), "count": global_batch, "micro": micro, "progress": min(1.0, progress)}
+        "target": data.dense(rows[mine]).sqrt(), "count": global_batch, "micro": micro,
+        "temperature": warm * config.temperature + (1 - warm) * config.temperature_end}
     if config.rank_weight:
         rivals = rng.permutation(data.rows["train"])[:RIVALS]
-        batch |= {"rivals": data.dense(data.first[rivals]).sqrt(), "are_own": cast(molecules[:, None] == rivals, device)}
+        batch |= {"rivals": data.dense(data.first[rivals]).sqrt(),
+                  "are_own": cast(molecules[:, None] == rivals, device)}
     if data.taught:
         batch |= {name: table[cast(molecules, device)].float() for name, table in data.taught.items()}
     return batch
-
-
-MASKED = 8                                          # the kind of a bond that is asked for
-
-
-def mask_bonds(batch, data, rows, mine, rng):
-    """Hide 15 % of the bonds of all molecules of a step, at least one of each -> batch, which holds those at the places
-    mine of rows, with asked (Q,), the bonds asked for, their kinds (Q,), and count, how many the whole step asks for."""
-    offsets = data.molecules.bonds.offsets
-    owner = np.repeat(np.arange(len(rows)), offsets[rows + 1] - offsets[rows])
-    dice, lowest = rng.random(len(owner)), np.full(len(rows), np.inf)
-    np.minimum.at(lowest, owner, dice)
-    hidden = (dice < 0.15) | (dice == lowest[owner])
-    asked, edge_kind = cast(np.flatnonzero(hidden[np.isin(owner, mine)]), data.molecules.device), batch["edge_kind"]
-    both = torch.cat([asked, asked + len(edge_kind) // 2])
-    return batch | {"asked": asked, "kinds": edge_kind[asked], "count": max(1, int(hidden.sum())),
-                    "edge_kind": edge_kind.index_fill(0, both, MASKED)}
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -225,24 +190,19 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(config.width, config.width // 2), nn.Linear(config.width // 2, config.width)
 
     def forward(self, x):
-        return x + self.down(self.drop(F.gelu(self.up(self.norm(x)))))
-
-
-BEYOND = 5                                          # bins above M for isotopes; none are predicted beyond
-SHIFTS = 11                                         # a fragment may show up to 5 bins beside its mass
+        return x + self.down(F.gelu(self.up(self.drop(F.gelu(self.norm(x))))))
 
 
 class Head(nn.Module):
     """Width D -> (B, Z) float32 >= 0, square roots of intensities, mass-anchored as NEIMS's (Wei et al. 2019).
 
-    y_j = g_j f_j + (1 - g_j) r_(M + 5 - j), and 0 above M + 5: r counts neutral losses from the molecular ion. To it come
-    the masses of the fragments, each kind under 11 shifts, weighted by what h says and by a constant of the place."""
+    y_j = g_j f_j + (1 - g_j) r_(M + 5 - j), where r counts neutral losses; 0 at m/z 0 and above M + 5. To it come the
+    masses of the fragments, each kind under 11 shifts, weighted by what h says and by a constant of the place."""
     def __init__(self, config, bins):
         super().__init__()
-        self.use_anchor, self.forward_axis = config.use_anchor, nn.Linear(config.width, bins)
+        self.config, self.forward_axis = config, nn.Linear(config.width, bins)
         if config.use_anchor:
             self.reverse_axis, self.gate = nn.Linear(config.width, bins), nn.Linear(config.width, bins)
-        self.use_fragments = config.use_fragments
         if config.use_fragments:
             self.shifts = nn.Linear(config.width, 3 * SHIFTS)
             self.place = nn.Parameter(torch.zeros(3 * SHIFTS, bins))
@@ -253,14 +213,14 @@ class Head(nn.Module):
         y = self.forward_axis(h)
         bin = torch.arange(y.shape[1], device=y.device)
         mirrored = mass[:, None] + BEYOND - bin
-        if self.use_anchor:
+        if self.config.use_anchor:
             gate = self.gate(h).sigmoid()
             y = gate * y + (1 - gate) * self.reverse_axis(h).gather(1, mirrored.clamp(0, y.shape[1] - 1))
-        if self.use_fragments:
+        if self.config.use_fragments:
             shifted = F.pad(fragments, (SHIFTS // 2,) * 2).unfold(2, y.shape[1], 1).flatten(1, 2)    # (B, 33, Z)
             y = y + ((self.shifts(h)[:, :, None] + self.place) * shifted).sum(1)
         y = y.float() if scores is None else y.float() + scores
-        return y.relu() * (mirrored >= 0)
+        return y.relu() * ((mirrored >= 0) & (bin > 0))                 # the loss has no weight at m/z 0
 
 
 class Student(nn.Module):
@@ -270,7 +230,6 @@ class Student(nn.Module):
     All experts compute all rows: at these sizes that is faster than sorting rows, and nothing waits for the host."""
     def __init__(self, config, bins, features=0):
         super().__init__()
-        self.about = {"config": dataclasses.asdict(config), "bins": bins, "features": features}     # for load_model
         self.config, E = config, config.experts
         self.fingerprint, self.trunk, self.norm = Fingerprint(config), Block(config), nn.LayerNorm(config.width)
         self.experts = nn.ModuleList(nn.Sequential(*(Block(config) for _ in range(config.blocks))) for _ in range(E))
@@ -279,8 +238,7 @@ class Student(nn.Module):
         self.projector = nn.Linear(config.width, features) if features else None
         self.register_buffer("bias", torch.zeros(E)), self.register_buffer("usage", torch.full((E,), 1 / E))
         self.register_buffer("balance", torch.ones(3))                  # GradNorm's factors of hard, soft, feature
-        # what forward and compute_loss saw of each micro-batch, for follow(): written, not added, so that a replay
-        # of a batch leaves nothing behind
+        # seen in each micro-batch, for follow(): written and not added, so that a replay of one leaves nothing behind
         self.register_buffer("chosen", torch.zeros(config.grad_accum, E), persistent=False)
         self.register_buffer("squares", torch.zeros(config.grad_accum, 3), persistent=False)
 
@@ -331,7 +289,6 @@ class GINE(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Atoms and bonds -> (A, G)"""
     def __init__(self, config):
         super().__init__()
         self.embed = nn.ModuleList(nn.Embedding(size, config.gnn_width) for size in ATOM_SIZES)
@@ -363,8 +320,8 @@ class Fragments(nn.Module):
     def __init__(self, config):
         super().__init__()
         G = config.gnn_width
-        self.inside, self.outside, self.whole = nn.Linear(G, G), nn.Linear(G, G, False), nn.Linear(config.width, G, False)
-        self.ends, self.bond = nn.Linear(G, G), nn.Embedding(MASKED, G)
+        self.inside, self.outside, self.ends = nn.Linear(G, G), nn.Linear(G, G, False), nn.Linear(G, G)
+        self.whole, self.bond = nn.Linear(config.width, G, False), nn.Embedding(MASKED, G)
         self.kind, self.norm, self.drop = nn.Embedding(4, G), nn.LayerNorm(G), nn.Dropout(config.dropout / 3)
         self.up, self.down = nn.Linear(G, G), nn.Linear(G, SHIFTS)
 
@@ -387,9 +344,8 @@ class Fragments(nn.Module):
 class Teacher(nn.Module):
     """Graph and fingerprint -> (y (B, Z) float32, features (B, D)); 5 M parameters. No BatchNorm: its statistics would
     move with skipped steps, and under dropout at rest."""
-    def __init__(self, config, bins):
+    def __init__(self, config, bins, features=0):
         super().__init__()
-        self.about = {"config": dataclasses.asdict(config), "bins": bins, "features": 0}
         self.bins, self.encoder, self.fingerprint = bins, Encoder(config), Fingerprint(config)
         self.attention, self.pooled = nn.Linear(config.gnn_width, 1), nn.Linear(3 * config.gnn_width, config.width)
         self.trunk = nn.Sequential(*(Block(config) for _ in range(config.blocks)))
@@ -403,37 +359,30 @@ class Teacher(nn.Module):
         scores = self.fragments(atoms, h, batch, self.bins) if self.fragments else None
         return self.head(h, batch["mass"], batch["fragments"], scores), h
 
-    def follow(self, bad):
-        """Nothing here moves but by gradients."""
-
 
 class Bonds(nn.Module):
-    """--phase pretrain: the kinds of hidden bonds from the atoms at their ends -> logits (Q, MASKED)."""
-    def __init__(self, config, bins):
+    """--phase pretrain: the kinds of hidden bonds from the atoms at their ends -> logits (Q, MASKED), atoms (A, G)."""
+    def __init__(self, config, bins, features=0):
         super().__init__()
-        self.about = {"config": dataclasses.asdict(config), "bins": bins, "features": 0}
         self.encoder, self.out = Encoder(config), nn.Linear(config.gnn_width, MASKED)
 
     def forward(self, batch):
-        atoms, ends = self.encoder(batch), batch["edges"][:, batch["asked"]]
-        return self.out(atoms[ends[0]] + atoms[ends[1]]), atoms
-
-    follow = Teacher.follow
+        atoms, (one, other) = self.encoder(batch), batch["edges"][:, batch["asked"]]
+        return self.out(atoms[one] + atoms[other]), atoms
 
 
 def build_model(config, bins, features=0):
-    if config.phase == "student":
-        return Student(config, bins, features)
-    model = (Bonds if config.phase == "pretrain" else Teacher)(config, bins)
+    """The phase's model; features: width of what its teachers give (0: no teacher). about is what load_model needs."""
+    model = {"pretrain": Bonds, "teacher": Teacher, "student": Student}[config.phase](config, bins, features)
+    model.about = {"config": dataclasses.asdict(config), "bins": bins, "features": features}
     if config.phase == "teacher" and config.init:
-        source = load_model(config.init)
-        load_tensors(model.encoder, {name.removeprefix("encoder."): tensor for name, tensor in
-                                     model_tensors(source).items() if name.startswith("encoder.")}, config.init)
+        start = open_model(config.init)             # of --phase pretrain, or another teacher
+        load_tensors(model.encoder, model_tensors(start.encoder), config.init)
     return model
 
 
 def load_model(path, device="cpu"):
-    """best.safetensors, or an event's model.safetensors -> its model in eval mode. Raises ValueError if it is damaged."""
+    """best.safetensors, or an event's model.safetensors -> model in eval mode. Raises ValueError if it is damaged."""
     tensors, body = read_file(path)
     about = body["about"]
     if "experts" not in about["config"]:
@@ -443,18 +392,24 @@ def load_model(path, device="cpu"):
     return model.to(device).eval()
 
 
+def open_model(path, device="cpu"):
+    """load_model, or fail()"""
+    try:
+        return load_model(path, device)
+    except ValueError as error:
+        fail(error)
+
+
 # ------------------------------------------------------------------------------------------------------------ loss
 class LDS(nn.Module):
-    """Label smoothing along m/z by a Gaussian of 7 taps: (B, Z) of any dtype and device -> the same (Yang et al. 2021).
-    On a measured spectrum it costs more than it gives, see README: off by default."""
+    """Smoothing along m/z by a Gaussian of 7 taps (Yang et al. 2021): (B, Z) of any dtype and device -> the same. Of a
+    measured spectrum it keeps a cosine of .72 to itself, hence off by default."""
     def __init__(self, sigma, taps=7):
         super().__init__()
-        kernel = torch.exp(-0.5 * (torch.arange(taps) - taps // 2).square() / sigma ** 2)
-        self.register_buffer("kernel", kernel / kernel.sum())
+        self.register_buffer("kernel", (-0.5 * (torch.arange(taps) - taps // 2).square() / sigma ** 2).softmax(0))
 
     def forward(self, x):
-        kernel = self.kernel.to(x.device, x.dtype)[None, None]
-        return F.conv1d(x[:, None], kernel, padding=len(self.kernel) // 2)[:, 0]
+        return F.conv1d(x[:, None], self.kernel.to(x)[None, None], padding=len(self.kernel) // 2)[:, 0]
 
 
 def weigh(root):
@@ -476,12 +431,6 @@ def soft_loss(root, taught, T):
     return T ** 2 * (p.exp() * (p - temper(root, T))).sum(1)
 
 
-def temperature_at(progress, config):
-    """From temperature down to temperature_end along a cosine."""
-    wave = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.temperature_end + (config.temperature - config.temperature_end) * wave
-
-
 def rank_loss(found, own, rivals, are_own):
     """Cross-entropy of finding the measured spectrum: unit rows found, own (B, Z), rivals (R, Z) -> (B,) float32.
     Rivals that are_own (B, R), of the same molecule, do not count. Cosines are divided by .05."""
@@ -501,17 +450,16 @@ def compute_loss(model, batch, step, config):
     y, h, *routing = model(batch)
     with float32_island(y):
         target = LDS(config.lds_sigma)(batch["target"]) if config.lds_sigma else batch["target"]
-        found, own, mean = weigh(y), weigh(target), lambda rows: rows.sum() / batch["count"]
-        parts = {"hard": mean(1 - (found * own).sum(1))}
-        weights = {"hard": config.hard_weight if "taught" in batch else 1.0, "rank": config.rank_weight}
+        found, own, mean = weigh(y), weigh(target), (lambda rows: rows.sum() / batch["count"])
+        parts, weights = {"hard": mean(1 - (found * own).sum(1))}, {
+            "hard": config.hard_weight if "taught" in batch else 1.0, "rank": config.rank_weight,
+            "soft": config.soft_weight, "feature": config.feature_weight}
         if config.rank_weight:
             parts["rank"] = mean(rank_loss(found, own, weigh(batch["rivals"]), batch["are_own"]))
         if "taught" in batch:
-            T = temperature_at(batch["progress"], config)
-            parts["soft"] = mean(batch["confidence"] * soft_loss(y, batch["taught"], T))
+            parts["soft"] = mean(batch["confidence"] * soft_loss(y, batch["taught"], batch["temperature"]))
             features = unwrap(model).projector(h).float()
             parts["feature"] = mean(1 - F.cosine_similarity(features, batch["feature"], eps=1e-6))
-            weights |= {"soft": config.soft_weight, "feature": config.feature_weight}
             if config.use_gradnorm:
                 weights = balanced(unwrap(model), parts, weights, h, batch["micro"])
         loss = sum(weights[name] * part for name, part in parts.items())
@@ -527,8 +475,8 @@ def compute_loss(model, batch, step, config):
 def balanced(model, parts, weights, h, micro):
     """GradNorm (Chen et al. 2018) with what cured it: norms of the *weighted* gradients, at h, and clamped factors.
     Leaves the squares for Student.follow -> weights with the present factors in."""
-    names = ("hard", "soft", "feature")
-    if model.training and h.requires_grad:
+    names = "hard", "soft", "feature"
+    if model.training:
         grads = [torch.autograd.grad(weights[name] * parts[name], h, retain_graph=True)[0] for name in names]
         model.squares[micro] = torch.stack([grad.float().square().sum() for grad in grads])
     return weights | {name: weights[name] * factor for name, factor in zip(names, model.balance)}
@@ -549,39 +497,25 @@ def predict(model, molecules, rows, dtype=torch.float32):
 @torch.no_grad()
 def evaluate(model, data, config, split="val"):
     """Over a split, equal on all ranks -> dict: loss, 1 - weighted cosine; recall@10, the library search of protocol A;
-    error, 1 - recall@10, which chooses checkpoints. For --phase pretrain loss and error of the hidden bonds."""
+    error, which chooses checkpoints: 1 - recall@10 and, to break ties, a hundredth of the loss. Of hidden bonds when
+    config.phase is pretrain."""
     model, rows = unwrap(model), data.rows[split]
     was_training = model.training
     model.eval()
+    mine, device = np.arange(rank(), len(rows), world_size()), data.molecules.device
     if config.phase == "pretrain":
-        rows = rows[:2048]
-        hidden = np.arange(len(rows)), np.random.default_rng(0)
-        loss, parts = compute_loss(model, mask_bonds(data.molecules.inputs(rows, True), data, rows, *hidden), 0, config)
-        model.train(was_training)
+        batch = data.molecules.hide_bonds(rows[:2048], np.arange(min(2048, len(rows))), np.random.default_rng(0))
+        loss, parts = compute_loss(model.train(was_training), batch, 0, config)
         return {"loss": float(loss), "error": 1 - float(parts["accuracy"])}
-    mine, n = np.arange(rank(), len(rows), world_size()), len(rows)
-    made = torch.zeros(n, data.molecules.bins)
-    made[mine] = predict(model, data.molecules, rows[mine], pick_dtype(config.dtype, data.molecules.device)[0])
-    if world_size() > 1:
-        made = made.to(data.molecules.device)
-        dist.all_reduce(made)
-    library = weigh(data.measured().sqrt())
-    found, rows = weigh(made.cpu().sqrt()), np.asarray(rows)
-    ranks = metrics.library_ranks(found, library, rows, data.mass[rows], data.mass)
+    made = torch.zeros(len(rows), data.molecules.bins, device=device)
+    made[mine] = predict(model, data.molecules, rows[mine], pick_dtype(config.dtype, device)[0]).to(device)
     model.train(was_training)
-    recall = metrics.recall(ranks, 10)
-    return {"loss": float(1 - (found * library[rows]).sum(1).mean()), "recall@10": recall, "error": 1 - recall}
-
-
-def load_teacher(path, bins, device):
-    """-> a Teacher in eval mode; what is none, or has other bins than the data, ends in fail()."""
-    try:
-        model = load_model(path, device)
-    except ValueError as error:
-        fail(error)
-    if not isinstance(model, Teacher) or model.bins != bins:
-        fail(f"--teacher {path}: no teacher of {bins} bins; make one with --phase teacher on the same data")
-    return model
+    if world_size() > 1:
+        dist.all_reduce(made)
+    found, library = weigh(made.sqrt()).cpu(), weigh(data.measured().sqrt())
+    recall = metrics.recall(metrics.library_ranks(found, library, rows, data.mass[rows], data.mass), 10)
+    loss = float(1 - (found * library[rows]).sum(1).mean())
+    return {"loss": loss, "recall@10": recall, "error": 1 - recall + loss / 100}
 
 
 def dropout_on(model, on=True):
@@ -592,60 +526,38 @@ def dropout_on(model, on=True):
 
 
 @torch.no_grad()
-def ask_teachers(config, data, folder, log=print):
-    """What the teachers say of the training molecules, once, kept in the run's folder -> dict of tables over all
-    molecules on the device: taught (n, Z) float16, the mean square root of intensity, base peak 1; feature (n, .)
-    float16; confidence (n,) float32, of mean 1 over the training molecules, the share of the spectra that the passes
-    under dropout have in common: |mean|^2 / (|mean|^2 + |sd|^2). The ranks share the work, and the answer is the same."""
-    paths, rows, device = config.teacher.split(","), data.rows["train"], data.molecules.device
-    teachers = [load_teacher(path, data.molecules.bins, device) for path in paths]
-    key = {"teachers": [file_sha256(path) for path in paths], "data": data.meta["sha256"], "passes": config.passes}
-    path, start = folder / "teacher.safetensors", time.perf_counter()
-    if agree(path.exists(), device):
-        try:
-            tensors, body = read_file(path)
-            if body["key"] == key:
-                return cast(tensors, device)
-        except ValueError as error:
-            log(f"asking the teachers again: {error}")
-    width = sum(teacher.norm.normalized_shape[0] for teacher in teachers)
-    mean, square, feature = (torch.zeros(len(data.mass), size, device=device) for size in (data.molecules.bins, 1, width))
+def ask_teachers(config, data):
+    """What the teachers say of the training molecules, asked once a run -> dict of tables over all molecules, on the
+    device: taught (n, Z) float16, the mean square root of intensity, base peak 1; feature (n, .) float16; confidence
+    (n,) float32, of mean 1 over the training molecules, the share of their spectra that the passes under dropout have
+    in common, |mean|^2 / (|mean|^2 + |sd|^2). The ranks share the work; the answer is the same on all."""
+    rows, device = data.rows["train"], data.molecules.device
+    teachers = [open_model(path, device) for path in config.teacher.split(",")]
+    for path, teacher in zip(config.teacher.split(","), teachers):
+        if not isinstance(teacher, Teacher) or teacher.about["bins"] != data.molecules.bins:
+            fail(f"--teacher {path}: no teacher of {data.molecules.bins} bins; --phase teacher on these data makes one")
+    width, passes = sum(teacher.about["config"]["width"] for teacher in teachers), max(1, config.passes)
+    mean, square, feature = (torch.zeros(len(data.mass), z, device=device) for z in (data.molecules.bins, 1, width))
     for number, some in enumerate(np.split(rows, range(256, len(rows), 256))):
         if number % world_size() == rank():
             batch = data.molecules.inputs(some, True)
             feature[some] = torch.cat([teacher(batch)[1].float() for teacher in teachers], 1)
-            for turn in range(max(1, config.passes)):
+            for turn in range(passes):
                 teacher = teachers[turn % len(teachers)]
                 dropout_on(teacher, config.passes > 0)
                 seed_step(config.seed, number, 0, turn)
                 root = teacher(batch)[0]
-                root = root / root.amax(1, keepdim=True).clamp(min=1e-6) / max(1, config.passes)
-                mean[some] += root
-                square[some] += root.square().sum(1, keepdim=True) * max(1, config.passes)
+                root = root / root.amax(1, keepdim=True).clamp(min=1e-6)
+                mean[some] += root / passes
+                square[some] += root.square().sum(1, keepdim=True) / passes
                 dropout_on(teacher, False)
     for table in (mean, square, feature):
         if world_size() > 1:
             dist.all_reduce(table)
     confidence = mean.square().sum(1) / square[:, 0].clamp(min=1e-12)
-    said = {"taught": mean.half(), "feature": feature.half(), "confidence": confidence / confidence[rows].mean()}
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, said, {"key": key})
-        log(f"{len(teachers)} teacher(s) asked about {len(rows):,} molecules, {config.passes} passes with dropout, in "
-            f"{time.perf_counter() - start:.0f} s")
-    return said
-
-
-def evaluation(model, data, config, folder, log=print, stem="final", beside={}):
-    """The table of metrics.report for a model, and how it uses its experts and how long it takes."""
-    split = "test" if len(data.rows.get("test", [])) else "val"
-    names = [data.smiles(row) for row in data.rows[split][:20 if config.dry_run else 512]]
-    extra = search.speed(lambda molecules, rows: predict(model, molecules, rows), names, data.molecules.bins)
-    if isinstance(model, Student):
-        extra |= {f"share of expert {i}": share for i, share in enumerate(model.usage.tolist())}
-    predictors = {name: lambda rows, other=other: predict(other, data.molecules, rows) for name, other in
-                  {"model": model, **beside}.items()}
-    return metrics.report(data, predictors.pop("model"), split, folder, log, extra, stem, predictors)
+        print(f"{len(teachers)} teacher(s) asked about {len(rows):,} molecules, {config.passes} passes", flush=True)
+    return {"taught": mean.half(), "feature": feature.half(), "confidence": confidence / confidence[rows].mean()}
 
 
 # --------------------------------------------------------------------------------------------------- training loop
@@ -687,16 +599,16 @@ def run_training(config, device):
 def run_phase(config, device):
     torch.manual_seed(config.seed)
     folder = Path(config.out_dir) / config.run_name
-    data = load_smiles(config.smiles, device) if config.smiles else load_data(config, device)
+    data = load_data(config, device)
     if config.teacher:
-        data.taught = ask_teachers(config, data, folder)
+        data.taught = ask_teachers(config, data)
     features = data.taught["feature"].shape[1] if data.taught else 0
     raw_model = build_model(config, data.molecules.bins, features).to(device)
     matrices, vectors = ([p for p in raw_model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
                                   weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
     global_batch = config.batch_size * config.grad_accum * world_size()
-    steps_per_epoch = len(pool_of(data, config)["train"]) / global_batch
+    steps_per_epoch = len(data.pool(config.phase)["train"]) / global_batch
     max_steps = config.max_steps or math.ceil(config.max_epochs * steps_per_epoch)
     skip_steps, (dtype, reason) = steps_in(config.skip_steps), pick_dtype(config.dtype, device)
 
@@ -734,7 +646,7 @@ def run_phase(config, device):
             body = {"about": raw_model.about, "config": vars(config), "best": best, "guard": guard.state_dict()}
             run.log(f"saved {save_checkpoint(folder, step, raw_model, optimizer, body, config.keep)}")
 
-    size, rows = sum(p.numel() for p in raw_model.parameters()), len(pool_of(data, config)["train"])
+    size, rows = sum(p.numel() for p in raw_model.parameters()), len(data.pool(config.phase)["train"])
     run.log(f"{config.run_name}: {size:,} parameters, {str(dtype)[6:]} ({reason}), {rows:,} spectra, batch "
             f"{config.batch_size} x {world_size()} {device.type} x {config.grad_accum} = {global_batch}, {max_steps:,} "
             f"steps" + f", resumed at {start:,}" * (start > 0))
@@ -749,8 +661,7 @@ def run_phase(config, device):
                 stop = guard.stop_requested         # read once: a signal may come at any line
                 if stats["steps"]:
                     run.progress(step, max_steps, stats, lr_at(step - 1, max_steps, config), global_batch, "spectra")
-                    shares = [x for name, x in stats["parts"].items() if name.startswith("expert")]
-                    if shares:                      # MaxVio as Wang et al. 2024 define it
+                    if shares := [x for name, x in stats["parts"].items() if name.startswith("expert")]:
                         run.log(f"MaxVio {max(shares) * len(shares) - 1:.3f}" + "; an expert is hardly used, raise "
                                 "--balance_weight" * (min(shares) < 0.02))
                 if last or every(step, config.eval_every):
@@ -764,10 +675,8 @@ def run_phase(config, device):
                             tensors = model_tensors(raw_model)
                             write_file(folder / "best.safetensors", tensors, {"about": raw_model.about, "step": step})
                 if every(step, config.sample_every) and run.main and data.peaks:
-                    rows = data.rows["val"][:9]
-                    made = predict(raw_model.eval(), data.molecules, rows), data.dense(data.first[rows]).cpu()
-                    metrics.mirror(folder / f"samples/step-{step:08d}.png",
-                                   [(data.smiles(row)[:40], up, down) for row, down, up in zip(rows, *made)], run.log)
+                    metrics.mirror_some(folder / f"samples/step-{step:08d}.png", data,
+                                        lambda rows: predict(raw_model.eval(), data.molecules, rows), "val", run.log)
                     raw_model.train()
                 if last or stop or every(step, config.save_every):
                     save(step)
@@ -789,7 +698,8 @@ def run_phase(config, device):
                     loss, parts = compute_loss(model, batch, step, config)
                 guard.backward(loss, parts)
             bad = guard.step(step)
-            raw_model.follow(bad)                   # expert bias and usage: only if the step was taken
+            if config.phase == "student":
+                raw_model.follow(bad)               # expert bias and usage: only if the step was taken
     except NonFinite as error:
         if error.intact:
             save(error.step)
@@ -800,118 +710,35 @@ def run_phase(config, device):
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
     best_model = load_model(folder / "best.safetensors", device)
-    table = evaluation(best_model, data, config, folder, run.log) if run.main and data.peaks else {}
+    table = search.table(sys.modules[__name__], best_model, data, folder, run.log) if run.main and data.peaks else {}
     agree(0, device)                                # the others wait for the samples
     return {"step": step, "best": best, "table": table}
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-@dataclass
-class SampleFlags:
-    run_name: str = ""  # whose best.safetensors
-    out_dir: str = "out"  # where runs are
-    smiles: str = ""  # a file with a SMILES per line, perhaps a name after it
-    out: str = "predicted.msp"  # where to write; what fails is listed beside it in .rejected.jsonl
-    batch_size: int = 256  # molecules predicted at once
-    device: str = "auto"  # auto, cuda, mps, cpu
-
-
-@dataclass
-class RankFlags:
-    run_name: str = ""  # whose best.safetensors
-    out_dir: str = "out"  # where runs are
-    msp: str = ""  # measured spectra to find
-    candidates: str = ""  # a file with a SMILES per line, perhaps a name after it
-    top: int = 10  # candidates shown per spectrum
-    window: float = 0.0  # only candidates so near to the spectrum's MW:, in Da; 0: all
-    device: str = "auto"  # auto, cuda, mps, cpu
-
-
-@dataclass
-class EvalFlags:
-    run_name: str = ""  # whose best.safetensors
-    out_dir: str = "out"  # where runs are
-    data_dir: str = ""  # prepared data; empty: the run's own
-    beside: str = ""  # other runs to show beside it, as its teacher: names, separated by commas
-    device: str = "auto"  # auto, cuda, mps, cpu
-
-
-def open_run(flags, name, device):
-    """-> the best model of the run of that name."""
-    try:
-        model = load_model(trained(flags.out_dir, name) / "best.safetensors", device)
-    except ValueError as error:
-        fail(error)
-    if isinstance(model, Bonds):
-        fail(f"--run_name {name} was trained with --phase pretrain and knows no spectra")
-    return model
-
-
-def main_sample(argv):
-    flags, _ = parse_flags(SampleFlags, argv, "Predict the spectra of a list of molecules.")
-    if flags.batch_size < 1:
-        fail(f"--batch_size {flags.batch_size}: must be above 0")
-    device = launch(flags.device)
-    model = open_run(flags, flags.run_name, device)
-    search.write_predictions(flags.smiles, flags.out, lambda molecules, rows: predict(model, molecules, rows),
-                             model.about["bins"], flags.batch_size, flags.run_name, device)
-
-
-def main_rank(argv):
-    flags, _ = parse_flags(RankFlags, argv, "Rank candidate molecules by how well they explain measured spectra.")
-    device = launch(flags.device)
-    model = open_run(flags, flags.run_name, device)
-    search.rank_candidates(flags.msp, flags.candidates, lambda molecules, rows: predict(model, molecules, rows),
-                           model.about["bins"], flags.top, flags.window, device)
-
-
-def main_eval(argv):
-    flags, _ = parse_flags(EvalFlags, argv, "The table of a trained model beside the baselines.")
-    device = launch(flags.device)
-    models = {name: open_run(flags, name, device)
-              for name in dict.fromkeys([flags.run_name, *filter(None, flags.beside.split(","))])}
-    model = models.pop(flags.run_name)
-    config = Config(**model.about["config"] | ({"data_dir": flags.data_dir} if flags.data_dir else {}))
-    data = load_data(config, device)
-    for name, other in {flags.run_name: model, **models}.items():
-        if other.about["bins"] != data.molecules.bins:
-            fail(f"--data_dir {config.data_dir or '(demo)'}: its --max_mz is not that of {name}")
-    evaluation(model, data, config, Path(flags.out_dir) / flags.run_name, stem="eval", beside=models)
-
-
 def settle(config, given):
     """Fill in what the flags left open and refuse what cannot work for this model -> Config"""
     config = complete(config, given, CPU, DRY, FIXED)
-    for name in ("width", "blocks", "experts", "top_k", "gnn_width", "gnn_layers", "max_epochs", "teacher_epochs"):
-        if getattr(config, name) < 1:
-            fail(f"--{name} {getattr(config, name)}: must be above 0")
-    for name in ("dropout", "input_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            fail(f"--{name} {getattr(config, name)}: must be in 0 ... 1, below 1")
-    for name in (*(field for field in vars(config) if field.endswith("_weight")), "bias_rate", "lds_sigma", "passes"):
-        if getattr(config, name) < 0:
-            fail(f"--{name} {getattr(config, name)}: must not be below 0")
-    if min(config.temperature, config.temperature_end) <= 0 or config.top_k > config.experts:
-        fail("--temperature and --temperature_end must be above 0, --top_k not above --experts")
-    if config.phase not in ("", "pretrain", "teacher", "student"):
-        fail(f"--phase {config.phase}: pretrain, teacher or student")
-    for flag, path in [("teacher", path) for path in config.teacher.split(",")] + [("init", config.init)]:
-        if path.endswith((".pt", ".pth", ".bin", ".ckpt", ".pkl")):
-            fail(f"--{flag} {path}: a pickle may run code when it is loaded. Its tensors become safetensors by: python -c "
-                 f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), "
-                 "'teacher.safetensors')\"; a teacher that fits this file comes from --phase teacher")
-        if path and not Path(path).is_file():
-            fail(f"--{flag} {path}: no such file; a trained run has out/NAME/best.safetensors")
-    if config.teacher and config.phase in ("pretrain", "teacher") or config.smiles and config.phase != "pretrain":
-        fail("--teacher is for the student, --smiles for --phase pretrain")
-    if config.use_gradnorm and config.phase == "student" and not config.teacher:
-        fail("--use_gradnorm balances what a teacher adds: give --teacher")
+    low = dict.fromkeys(("width", "blocks", "experts", "top_k", "gnn_width", "gnn_layers", "max_epochs",
+                         "teacher_epochs", "temperature", "temperature_end"), 1e-3)
+    low |= dict.fromkeys((name for name in vars(config) if name.endswith(("_weight", "dropout"))), 0)
+    for name, least in (low | {"bias_rate": 0, "lds_sigma": 0, "passes": 0}).items():
+        if not least <= getattr(config, name) < (1 if name.endswith("dropout") else math.inf):
+            fail(f"--{name} {getattr(config, name)}: must be {'above' if least else 'at least'} 0, a dropout below 1")
+    if config.top_k > config.experts or config.phase not in ("", "pretrain", "teacher", "student"):
+        fail(f"--phase {config.phase}: pretrain, teacher, student; --top_k {config.top_k}: not above --experts")
+    for flag in ("init", "teacher"):
+        for path in filter(None, getattr(config, flag).split(",")):
+            weights_file(flag, path)
+    if config.teacher and config.phase in ("pretrain", "teacher") or config.smiles and config.phase != "pretrain" or \
+            config.use_gradnorm and config.phase == "student" and not config.teacher:
+        fail("--teacher is for the student, --smiles for --phase pretrain, --use_gradnorm for a student with a teacher")
     return config
 
 
 def main(argv):
-    if argv[:1] in (["sample"], ["rank"], ["eval"]):
-        return {"sample": main_sample, "rank": main_rank, "eval": main_eval}[argv[0]](argv[1:])
+    if argv[:1] and argv[0] in search.VERBS:
+        return search.VERBS[argv[0]](sys.modules[__name__], argv[1:])
     config, given = parse_flags(Config, argv, __doc__, ALIASES)
     try:
         train(settle(config, given))

@@ -59,3 +59,12 @@ def demo_set(kind, name, device, *flags):
             fail("the demo set could not be built, see above")
     agree(0, device)                                # the others wait
     return folder
+
+def weights_file(flag, path):
+    """fail() unless path is there and is no pickle."""
+    if str(path).endswith((".pt", ".pth", ".bin", ".ckpt", ".pkl")):
+        fail(f"--{flag} {path}: a pickle may run code when it is loaded. Its tensors become safetensors by: python -c "
+             f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), "
+             f"'weights.safetensors')\"; whether they fit is another question: the script names what does not")
+    if not Path(path).is_file():
+        fail(f"--{flag} {path}: no such file; a trained run has out/NAME/best.safetensors")

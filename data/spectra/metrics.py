@@ -165,14 +165,19 @@ def report(data, predict, split, folder, log=print, extra={}, stem="final", besi
     about = json.loads(json.dumps(about), parse_constant=lambda name: None)            # NaN and Inf become null
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "eval.json").write_text(json.dumps(about, indent=1))
-    pairs, pick = [], np.sort(np.random.default_rng(0).permutation(len(rows))[:9])
-    true, pred = measured[rows[pick]], spectra["model"][pick]
+    mirror_some(folder / f"samples/{stem}.png", data, predict, split, log)
+    return about
+
+
+def mirror_some(path, data, predict, split, log=print):
+    """Mirror plots of nine molecules of a split, always the same, with their weighted cosine."""
+    rows = np.sort(np.random.default_rng(0).permutation(data.rows[split])[:9])
+    true, pred, pairs = data.measured()[rows], predict(rows).float().cpu(), []
     cosines = (weigh(true, *COSINES["weighted"]) * weigh(pred, *COSINES["weighted"])).sum(1).tolist()
-    for row, cosine, up, down in zip(rows[pick], cosines, true, pred):
+    for row, cosine, up, down in zip(rows, cosines, true, pred):
         smiles = data.smiles(row)
         pairs.append((f"{cosine:.3f}  {smiles if len(smiles) <= 40 else smiles[:39] + '…'}", up, down))
-    mirror(folder / f"samples/{stem}.png", pairs, log)
-    return about
+    mirror(path, pairs, log)
 
 
 def mirror(path, pairs, log=print):

@@ -1,21 +1,65 @@
-"""What a trained model is for: spectra for a list of molecules, and molecules for a measured spectrum."""
+"""A trained model at work: its table (eval), spectra of listed molecules (sample), molecules of a spectrum (rank).
+
+The functions are given the module of the script, which cannot be imported by name when it runs as a program."""
+import copy
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import fail
+from common import fail, launch
+from data.spectra import metrics
 from data.spectra.features import featurise, join, read_smiles
 from data.spectra.metrics import COSINES, weigh
 from data.spectra.msp import Bad, read_msp, to_bins, write_msp
 from data.spectra.tables import Molecules, read_molecules
+from runs import parse_flags, trained
 
 
-def speed(predict, smiles, bins):
+@dataclass
+class SampleFlags:
+    run_name: str = ""  # whose best.safetensors
+    out_dir: str = "out"  # where runs are
+    smiles: str = ""  # a file with a SMILES per line, perhaps a name after it
+    out: str = "predicted.msp"  # where to write; what fails is listed beside it in .rejected.jsonl
+    batch_size: int = 256  # molecules predicted at once
+    device: str = "auto"  # auto, cuda, mps, cpu
+
+
+@dataclass
+class RankFlags:
+    run_name: str = ""  # whose best.safetensors
+    out_dir: str = "out"  # where runs are
+    msp: str = ""  # measured spectra to find
+    candidates: str = ""  # a file with a SMILES per line, perhaps a name after it
+    top: int = 10  # candidates shown per spectrum
+    window: float = 0.0  # only candidates so near to the spectrum's MW:, in Da; 0: all
+    device: str = "auto"  # auto, cuda, mps, cpu
+
+
+@dataclass
+class EvalFlags:
+    run_name: str = ""  # whose best.safetensors
+    out_dir: str = "out"  # where runs are
+    data_dir: str = ""  # prepared data; empty: the run's own
+    beside: str = ""  # other runs to show beside it, as its teacher: names, separated by commas
+    device: str = "auto"  # auto, cuda, mps, cpu
+
+
+def open_run(script, flags, name, device):
+    """-> the best model of the run of that name."""
+    model = script.open_model(trained(flags.out_dir, name) / "best.safetensors", device)
+    if isinstance(model, script.Bonds):
+        fail(f"--run_name {name} was trained with --phase pretrain and knows no spectra")
+    return model
+
+
+def speed(script, model, smiles):
     """Milliseconds per molecule on one CPU thread, from SMILES to spectrum -> dict for batches of 1 and of 256."""
-    threads, found = torch.get_num_threads(), {}
+    threads, model, found = torch.get_num_threads(), copy.deepcopy(model).cpu(), {}
     torch.set_num_threads(1)
     for size in (1, 256):
         some = (smiles * (size // len(smiles) + 1))[:max(size, min(len(smiles), 32))]
@@ -23,11 +67,37 @@ def speed(predict, smiles, bins):
         for start in [0, *range(0, len(some) - size + 1, size)]:        # the first one warms up
             since = time.perf_counter()
             made = [featurise(read_smiles(one)) for one in some[start:start + size]]
-            predict(Molecules(join(made), bins), np.arange(size))
+            script.predict(model, Molecules(join(made), model.about["bins"]), np.arange(size))
             times.append((time.perf_counter() - since) / size * 1000)
         found[f"ms per molecule, batch {size}, one thread"] = float(np.median(times[1:]))
     torch.set_num_threads(threads)
     return found
+
+
+def table(script, model, data, folder, log=print, stem="final", beside={}):
+    """metrics.report of the test split (else val) -> its dict; with the time it takes and how experts are used."""
+    split = "test" if len(data.rows.get("test", [])) else "val"
+    extra = speed(script, model, [data.smiles(row) for row in data.rows[split][:256]])
+    if isinstance(model, script.Student):
+        extra |= {f"share of expert {i}": share for i, share in enumerate(model.usage.tolist())}
+    ask = {name: lambda rows, one=one: script.predict(one, data.molecules, rows) for name, one in beside.items()}
+    return metrics.report(data, lambda rows: script.predict(model, data.molecules, rows), split, folder, log, extra,
+                          stem, ask)
+
+
+def main_eval(script, argv):
+    flags, _ = parse_flags(EvalFlags, argv, "The table of a trained model beside the baselines.")
+    device = launch(flags.device)
+    names = dict.fromkeys([flags.run_name, *filter(None, flags.beside.split(","))])
+    models = {name: open_run(script, flags, name, device) for name in names}
+    model = models[flags.run_name]
+    config = script.Config(**model.about["config"] | ({"data_dir": flags.data_dir} if flags.data_dir else {}))
+    data = script.load_data(config, device)
+    for name, other in models.items():
+        if other.about["bins"] != data.molecules.bins:
+            fail(f"--data_dir {config.data_dir or '(demo)'}: its --max_mz is not that of {name}")
+    del models[flags.run_name]
+    table(script, model, data, Path(flags.out_dir) / flags.run_name, stem="eval", beside=models)
 
 
 def candidates_in(path, flag, bins):
@@ -43,52 +113,60 @@ def candidates_in(path, flag, bins):
     return [made[i] for i in kept], [names[i] for i in kept], bad
 
 
-def write_predictions(smiles, out, predict, bins, batch_size, model, device):
-    """`sample`: an MSP file of predicted spectra, base peak 999, peaks from .1 % of it on."""
-    made, names, bad = candidates_in(smiles, "smiles", bins)
-    out, molecules = Path(out), Molecules(join(made), bins, device)
+def main_sample(script, argv):
+    flags, _ = parse_flags(SampleFlags, argv, "Predict the spectra of a list of molecules: an MSP file, base peak 999.")
+    device = launch(flags.device)
+    model = open_run(script, flags, flags.run_name, device)
+    if flags.batch_size < 1:
+        fail(f"--batch_size {flags.batch_size}: must be above 0")
+    made, names, bad = candidates_in(flags.smiles, "smiles", model.about["bins"])
+    out, molecules = Path(flags.out), Molecules(join(made), model.about["bins"], device)
     if out.is_dir():
         fail(f"--out {out} is a folder: name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
-        for rows in np.split(np.arange(len(made)), range(batch_size, len(made), batch_size)):
-            for row, spectrum in zip(rows, predict(molecules, rows).numpy() * 999):
+        for rows in np.split(np.arange(len(made)), range(flags.batch_size, len(made), flags.batch_size)):
+            for row, spectrum in zip(rows, script.predict(model, molecules, rows).numpy() * 999):
                 text, _, name = names[row].partition(" ")
                 mz = np.flatnonzero(spectrum >= 0.999)
                 write_msp(file, {"Name": name.strip() or text, "SMILES": text, "MW": int(molecules.mass[row]),
-                                 "Comments": f"predicted by {model}"}, mz, spectrum[mz])
+                                 "Comments": f"predicted by {flags.run_name}"}, mz, spectrum[mz])
     rejected = out.with_name(f"{out.stem}.rejected.jsonl")
     rejected.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
     print(f"{out}: {len(made):,} spectra; {len(bad):,} lines left out" + f", listed in {rejected}" * bool(bad))
 
 
-def rank_candidates(msp, candidates, predict, bins, top, window, device):
-    """`rank`: for each measured spectrum the candidates whose predictions are nearest by weighted cosine."""
-    if not msp or not Path(msp).is_file():
-        fail(f"--msp {msp or 'FILE'}: measured spectra to find; there is no such file")
-    made, names, bad = candidates_in(candidates, "candidates", bins)
-    molecules = Molecules(join(made), bins, device)
-    library = weigh(predict(molecules, np.arange(len(made))), *COSINES["weighted"])
+def main_rank(script, argv):
+    flags, _ = parse_flags(RankFlags, argv, "Rank candidate molecules by how well they explain measured spectra.")
+    device = launch(flags.device)
+    model = open_run(script, flags, flags.run_name, device)
+    if not flags.msp or not Path(flags.msp).is_file():
+        fail(f"--msp {flags.msp or 'FILE'}: measured spectra to find; there is no such file")
+    made, names, bad = candidates_in(flags.candidates, "candidates", model.about["bins"])
+    molecules = Molecules(join(made), model.about["bins"], device)
+    library = weigh(script.predict(model, molecules, np.arange(len(made))), *COSINES["weighted"])
     print(f"{len(made):,} candidates" + f"; {len(bad):,} lines left out" * bool(bad))
-    for record in read_msp(msp):
+    for record in read_msp(flags.msp):
         if isinstance(record, Bad):
-            print(f"{msp} line {record.line}: left out, {record.reason}")
+            print(f"{flags.msp} line {record.line}: left out, {record.reason}")
             continue
-        spectrum = torch.zeros(1, bins)
-        places, values = to_bins(record.mz, record.intensity, bins)
+        places, values = to_bins(record.mz, record.intensity, model.about["bins"])
+        spectrum = torch.zeros(1, model.about["bins"])
         spectrum[0, places.astype(np.int64)] = torch.from_numpy(values)
         score = (weigh(spectrum, *COSINES["weighted"]) @ library.T)[0].numpy()
-        if window:
-            score = np.where(np.abs(molecules.mass - mass_of(record, msp)) <= window, score, -np.inf)
-        order = np.argsort(-score, kind="stable")[:top]
+        if flags.window:
+            score[np.abs(molecules.mass - stated_mass(record, flags.msp)) > flags.window] = -np.inf
+        order = [row for row in np.argsort(-score, kind="stable")[:flags.top] if np.isfinite(score[row])]
         print(f"\n{record.fields['name']} ({np.isfinite(score).sum():,} candidates)")
-        for place, row in enumerate(order[np.isfinite(score[order])], 1):
+        for place, row in enumerate(order, 1):
             print(f"{place:4d}  {score[row]:.4f}  {names[row]}")
 
 
-def mass_of(record, msp):
-    """The nominal mass that a measured record states."""
+def stated_mass(record, msp):
     try:
         return float(record.fields["mw"])
     except (KeyError, ValueError):
         fail(f"{msp} line {record.line}: no MW: in the record, which --window needs; leave the flag out")
+
+
+VERBS = {"eval": main_eval, "sample": main_sample, "rank": main_rank}

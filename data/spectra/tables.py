@@ -1,4 +1,5 @@
 """Molecules and spectra as tables on the device, from which batches are cut; data/README.md describes the arrays."""
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import numpy as np
 import torch
 
 from common import cast, fail
-from data.spectra.features import ECFP_BITS, N_FEATURES, featurise, read_smiles
+from data.spectra.features import ECFP_BITS, N_FEATURES, featurise, join, read_smiles
+
+MASKED = 8  # the kind of a bond that is hidden; the others are 2 * type + whether it is in a ring
 
 
 class Ragged:
@@ -49,9 +52,9 @@ class Molecules:
     def inputs(self, rows, graph):
         """rows (B,) int64 -> dict of tensors on the device that a student reads, with graph also what a teacher does.
 
-        mass (B,) int64; fp_index, fp_value (n,), fp_begin (B,); fragments (B, 3, Z) float32, log(1 + number of fragments
-        of each kind and mass). Graph: atoms (A, 7) int64, atom_owner (A,); edges (2, 2E) int64, each bond both ways,
-        edge_kind (2E,) int64; fragment_kind, fragment_mass, fragment_owner (F,); members (2, n): fragment, atom;
+        mass (B,) int64; fp_index, fp_value (n,), fp_begin (B,); fragments (B, 3, Z) float32, log(1 + number of
+        fragments) of each kind and mass. Graph: atoms (A, 7) int64, atom_owner (A,); edges (2, 2E) int64, each bond both
+        ways, edge_kind (2E,) int64; fragment_kind, fragment_mass, fragment_owner (F,); members (2, n): fragment, atom;
         broken (2, n): fragment, bond that it breaks, a column of edges."""
         _, begin, index, value = self.fingerprint.take(rows)
         owner, fragment_begin, kind, mass = self.fragments.take(rows)
@@ -68,10 +71,24 @@ class Molecules:
             members = torch.stack([nth + fragment_begin[member_owner], atom + atom_begin[member_owner]])
             broken_owner, _, broken_nth, bond = self.broken.take(rows)
             broken = torch.stack([broken_nth + fragment_begin[broken_owner], bond + bond_begin[broken_owner]])
-            batch |= {"broken": broken, "atoms": atoms, "atom_owner": atom_owner, "edges": torch.cat([ends, ends.flip(0)], 1),
-                      "edge_kind": (bonds[:, 2] * 2 + bonds[:, 3]).repeat(2), "fragment_kind": kind,
-                      "fragment_mass": mass, "fragment_owner": owner, "members": members}
+            batch |= {"broken": broken, "atoms": atoms, "atom_owner": atom_owner,
+                      "edges": torch.cat([ends, ends.flip(0)], 1), "fragment_kind": kind, "fragment_mass": mass,
+                      "edge_kind": (bonds[:, 2] * 2 + bonds[:, 3]).repeat(2),
+                      "fragment_owner": owner, "members": members}
         return batch
+
+    def hide_bonds(self, rows, mine, rng):
+        """Hide 15 % of the bonds of all molecules of a step, at least one of each -> inputs of those at the places mine
+        of rows, with asked (Q,), the bonds to guess, their kinds (Q,), and count, how many the whole step asks for."""
+        owner = np.repeat(np.arange(len(rows)), self.bonds.offsets[rows + 1] - self.bonds.offsets[rows])
+        dice, lowest = rng.random(len(owner)), np.full(len(rows), np.inf)
+        np.minimum.at(lowest, owner, dice)
+        hidden = (dice < 0.15) | (dice == lowest[owner])
+        batch, asked = self.inputs(rows[mine], True), cast(np.flatnonzero(hidden[np.isin(owner, mine)]), self.device)
+        edge_kind = batch["edge_kind"]
+        both = torch.cat([asked, asked + len(edge_kind) // 2])
+        return batch | {"asked": asked, "kinds": edge_kind[asked], "count": max(1, int(hidden.sum())),
+                        "edge_kind": edge_kind.index_fill(0, both, MASKED)}
 
 
 @dataclass(eq=False)
@@ -89,6 +106,10 @@ class Data:
     @property
     def mass(self):
         return self.molecules.mass
+
+    def pool(self, phase):
+        """split -> what an epoch passes over: the spectra, or to pretrain the molecules."""
+        return self.rows if phase == "pretrain" else self.spectra
 
     def dense(self, spectra):
         """spectra (k,) int64 -> (k, Z) float32 intensities, base peak 1, on the device."""
@@ -116,8 +137,8 @@ class Data:
 
 
 def read_molecules(path):
-    """A file with a SMILES per line, perhaps a name after it -> list of featurise()'s answers, names, and what could not
-    be read as dicts of line, reason, text."""
+    """A file with a SMILES per line, perhaps a name after it -> list of featurise()'s answers, their lines, and what
+    could not be read as dicts of line, reason, text."""
     made, names, bad = [], [], []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -131,3 +152,26 @@ def read_molecules(path):
             except (ValueError, OverflowError, RuntimeError) as error:
                 bad.append({"line": number, "reason": str(error), "text": line[:80]})
     return made, names, bad
+
+
+def read_folder(folder, device="cpu"):
+    """What prepare.py wrote -> Data. Raises OSError, ValueError, KeyError or IndexError for what is no such folder."""
+    meta = json.loads((folder / "meta.json").read_text())
+    array = {name: np.load(folder / f"{name}.npy") for name in meta["arrays"]}
+    names = [line.split(",")[1] for line in (folder / "molecules.csv").read_text().splitlines()[1:]]
+    peaks = Ragged(array["peak_offsets"], array["peak_bin"].astype(np.int64), array["peak_value"], device=device)
+    molecule, split = array["molecule"].astype(np.int64), array["split"]
+    rows, spectra = ({name: np.flatnonzero(of == i) for i, name in enumerate(meta["splits"])}
+                     for of in (split, split[molecule]))
+    return Data(meta, Molecules(array, meta["bins"], device), molecule, peaks, rows, spectra,
+                np.unique(molecule, return_index=True)[1], names)
+
+
+def read_list(path, device="cpu"):
+    """A SMILES per line -> Data without spectra, to learn from molecules alone; every tenth one is for validation."""
+    made, names, bad = read_molecules(path)
+    if len(made) < 20:
+        fail(f"{path}: {len(made)} molecules that RDKit can read, {len(bad)} that it cannot; 20 are needed")
+    print(f"{path}: {len(made):,} molecules, {len(bad):,} lines left out", flush=True)
+    rows = {"train": np.flatnonzero(np.arange(len(made)) % 10), "val": np.arange(0, len(made), 10)}
+    return Data({}, Molecules(join(made), 1, device), np.arange(len(made)), None, rows, rows, None, names)
