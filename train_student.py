@@ -25,8 +25,8 @@ What used to break here                                       and what stops it
   MC dropout through train() moves BatchNorm                    no BatchNorm; only nn.Dropout is switched on
   a molecule without bonds, attention that overflows            segment sums, softmax with the maximum taken off
 
-Wei et al. 2019 (NEIMS, ACS Cent. Sci. 5, 700). Xu et al. 2019 (GIN), Hu et al. 2020 (GINE, arXiv 1905.12265). Fedus et
-al. 2021 (Switch, arXiv 2101.03961, eq. 4). Wang et al. 2024 (balancing without a loss, arXiv 2408.15664).
+Wei et al. 2019 (NEIMS, ACS Cent. Sci. 5, 700). Hu et al. 2020 (GINE, arXiv 1905.12265). Fedus et al. 2021 (Switch, arXiv
+2101.03961, eq. 4 to 6). Wang et al. 2024 (balancing without a loss, arXiv 2408.15664). Hinton et al. 2015 (distillation).
 """
 import dataclasses
 import math
@@ -46,7 +46,6 @@ from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, 
 from data.files import demo_set, weights_file
 from data.spectra import metrics, search
 from data.spectra.features import ATOM_SIZES, N_FEATURES
-from data.spectra.search import EvalFlags, RankFlags, SampleFlags  # noqa: F401
 from data.spectra.tables import MASKED, read_folder, read_list
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
@@ -292,8 +291,8 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed = nn.ModuleList(nn.Embedding(size, config.gnn_width) for size in ATOM_SIZES)
-        self.layers = nn.ModuleList(GINE(config) for _ in range(config.gnn_layers))
-        self.norm = nn.LayerNorm(config.gnn_width)
+        layers = (GINE(config) for _ in range(config.gnn_layers))
+        self.layers, self.norm = nn.ModuleList(layers), nn.LayerNorm(config.gnn_width)
 
     def forward(self, batch):
         h = sum(embed(column) for embed, column in zip(self.embed, batch["atoms"].T))
@@ -432,11 +431,10 @@ def soft_loss(root, taught, T):
 
 
 def rank_loss(found, own, rivals, are_own):
-    """Cross-entropy of finding the measured spectrum: unit rows found, own (B, Z), rivals (R, Z) -> (B,) float32.
-    Rivals that are_own (B, R), of the same molecule, do not count. Cosines are divided by .05."""
-    right = (found * own).sum(1, keepdim=True)
+    """Cross-entropy of finding the measured spectrum by cosine / .05: unit rows found, own (B, Z), rivals (R, Z), of
+    which those that are_own (B, R), of the same molecule, do not count -> (B,) float32."""
     wrong = (found @ rivals.T).masked_fill(are_own, -math.inf)
-    return -(torch.cat([right, wrong], 1) / 0.05).log_softmax(1)[:, 0]
+    return -(torch.cat([(found * own).sum(1, keepdim=True), wrong], 1) / 0.05).log_softmax(1)[:, 0]
 
 
 def compute_loss(model, batch, step, config):
@@ -505,7 +503,8 @@ def evaluate(model, data, config, split="val"):
     mine, device = np.arange(rank(), len(rows), world_size()), data.molecules.device
     if config.phase == "pretrain":
         batch = data.molecules.hide_bonds(rows[:2048], np.arange(min(2048, len(rows))), np.random.default_rng(0))
-        loss, parts = compute_loss(model.train(was_training), batch, 0, config)
+        loss, parts = compute_loss(model, batch, 0, config)
+        model.train(was_training)
         return {"loss": float(loss), "error": 1 - float(parts["accuracy"])}
     made = torch.zeros(len(rows), data.molecules.bins, device=device)
     made[mine] = predict(model, data.molecules, rows[mine], pick_dtype(config.dtype, device)[0]).to(device)
@@ -674,7 +673,7 @@ def run_phase(config, device):
                         if run.main:
                             tensors = model_tensors(raw_model)
                             write_file(folder / "best.safetensors", tensors, {"about": raw_model.about, "step": step})
-                if every(step, config.sample_every) and run.main and data.peaks:
+                if every(step, config.sample_every) and run.main and config.phase != "pretrain":
                     metrics.mirror_some(folder / f"samples/step-{step:08d}.png", data,
                                         lambda rows: predict(raw_model.eval(), data.molecules, rows), "val", run.log)
                     raw_model.train()
@@ -710,7 +709,8 @@ def run_phase(config, device):
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
     best_model = load_model(folder / "best.safetensors", device)
-    table = search.table(sys.modules[__name__], best_model, data, folder, run.log) if run.main and data.peaks else {}
+    shown = run.main and config.phase != "pretrain"
+    table = search.table(sys.modules[__name__], best_model, data, folder, run.log) if shown else {}
     agree(0, device)                                # the others wait for the samples
     return {"step": step, "best": best, "table": table}
 

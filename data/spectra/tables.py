@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rdkit import rdBase
 
 from common import cast, fail
 from data.spectra.features import ECFP_BITS, N_FEATURES, featurise, join, read_smiles
@@ -147,7 +148,8 @@ def read_molecules(path):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                made.append(featurise(read_smiles(line.split()[0])))
+                with rdBase.BlockLogs():
+                    made.append(featurise(read_smiles(line.split()[0])))
                 names.append(line.strip())
             except (ValueError, OverflowError, RuntimeError) as error:
                 bad.append({"line": number, "reason": str(error), "text": line[:80]})
