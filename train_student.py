@@ -25,8 +25,8 @@ What used to break here                                       and what stops it
   MC dropout through train() moves BatchNorm                    no BatchNorm; only nn.Dropout is switched on
   a molecule without bonds, attention that overflows            segment sums, softmax with the maximum taken off
 
-Wei et al. 2019 (NEIMS, ACS Cent. Sci. 5, 700). Hu et al. 2020 (GINE, arXiv 1905.12265). Fedus et al. 2021 (Switch, arXiv
-2101.03961, eq. 4 to 6). Wang et al. 2024 (balancing without a loss, arXiv 2408.15664). Hinton et al. 2015 (distillation).
+Wei et al. 2019 (NEIMS, ACS Cent. Sci. 5, 700). Hu et al. 2020 (GINE, arXiv 1905.12265). Fedus et al. 2021 (Switch,
+arXiv 2101.03961, eq. 4 to 6). Wang et al. 2024 (balancing without a loss, arXiv 2408.15664).
 """
 import dataclasses
 import math
@@ -52,8 +52,7 @@ from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_t
 
 # B rows (spectra), A atoms and F fragments of a batch's molecules, G width of an atom, D width, Z bins (m/z), E experts
 RIVALS = 2048  # measured spectra among which the right one is to be found
-BEYOND = 5  # bins above the nominal mass, for isotopes; none are predicted beyond
-SHIFTS = 11  # a fragment may show up to 5 bins beside its mass
+BEYOND, SHIFTS = 5, 11  # bins above the nominal mass, for isotopes; bins around its mass where a fragment may show
 
 
 # ---------------------------------------------------------------------------------------------------------- config
