@@ -150,6 +150,11 @@ def join(molecules):
                      for name, of in OFFSETS.items()}
 
 
+def block1_of(smiles):
+    """SMILES -> first block of its InChIKey, formula and bonds; empty if there is none."""
+    return Chem.MolToInchiKey(read_smiles(smiles))[:14]
+
+
 def split_of(block1):
     """First block of an InChIKey -> train, val or test (80, 10, 10 %), the same everywhere: spectra of one molecule,
     stereoisomers too, stay together."""

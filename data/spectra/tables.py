@@ -1,6 +1,7 @@
 """Molecules and spectra as tables on the device, from which batches are cut; data/README.md describes the arrays."""
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from rdkit import rdBase
 
 from common import cast, fail
-from data.spectra.features import ECFP_BITS, N_FEATURES, featurise, join, read_smiles
+from data.spectra.features import ECFP_BITS, N_FEATURES, block1_of, featurise, join, read_smiles
 
 MASKED = 8  # the kind of a bond that is hidden; the others are 2 * type + whether it is in a ring
 
@@ -27,6 +28,12 @@ class Ragged:
         place = np.arange(len(owner)) + (self.offsets[rows] - begin)[owner]
         owner, begin, place = cast((owner, begin, place), self.device)
         return owner, begin, *(column[place] for column in self.columns)
+
+
+    def with_more(self, other):
+        """-> these rows and then the other's."""
+        offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        return Ragged(offsets, *map(torch.cat, zip(self.columns, other.columns)), device=self.device)
 
 
 class Molecules:
@@ -50,13 +57,23 @@ class Molecules:
         broken = np.repeat(nth, arrays["fragment_broken"]), arrays["broken_bonds"].astype(np.int64)
         self.broken = Ragged(arrays["broken_offsets"], *broken, device=device)
 
+    def with_more(self, other):
+        """-> these molecules and then the other's."""
+        both = copy.copy(self)
+        both.n, both.mass = self.n + other.n, np.concatenate([self.mass, other.mass])
+        both.on_device = torch.cat([self.on_device, other.on_device])
+        for name, table in vars(self).items():
+            if isinstance(table, Ragged):
+                setattr(both, name, table.with_more(getattr(other, name)))
+        return both
+
     def inputs(self, rows, graph):
         """rows (B,) int64 -> dict of tensors on the device that a student reads, with graph also what a teacher does.
 
         mass (B,) int64; fp_index, fp_value (n,), fp_begin (B,); fragments (B, 3, Z) float32, log(1 + number of
-        fragments) of each kind and mass. Graph: atoms (A, 7) int64, atom_owner (A,); edges (2, 2E) int64, each bond both
-        ways, edge_kind (2E,) int64; fragment_kind, fragment_mass, fragment_owner (F,); members (2, n): fragment, atom;
-        broken (2, n): fragment, bond that it breaks, a column of edges."""
+        fragments) of each kind and mass. Graph: atoms (A, 7) int64, atom_owner (A,); edges (2, 2E) int64, each bond
+        both ways, edge_kind (2E,) int64; fragment_kind, fragment_mass, fragment_owner (F,); members (2, n): fragment,
+        atom; broken (2, n): fragment, bond that it breaks, a column of edges."""
         _, begin, index, value = self.fingerprint.take(rows)
         owner, fragment_begin, kind, mass = self.fragments.take(rows)
         shown = (kind > 0) & (mass < self.bins)
@@ -101,12 +118,34 @@ class Data:
     rows: dict  # split -> (molecules of the split,) int64
     spectra: dict  # split -> (their spectra,) int64
     first: np.ndarray  # (molecules,) int64, the first spectrum of each, which stands for it in a library
-    names: list  # (molecules,) SMILES
+    names: list  # (molecules,) first block of the InChIKey, SMILES
     taught: dict = None  # what the teachers say of each molecule: see ask_teachers
 
     @property
     def mass(self):
-        return self.molecules.mass
+        """(molecules of the data set,) int64"""
+        return self.molecules.mass[:len(self.first)]
+
+    def with_more(self, path):
+        """-> also molecules without a spectrum, a SMILES per line, as rows to train on; none that the set holds."""
+        made, names, bad = read_molecules(path)
+        known, kept = {block1 for block1, _ in self.names}, []
+        for one, name in zip(made, names):
+            block1 = block1_of(name.split()[0])
+            if one["mass"][0] < self.molecules.bins and block1 and block1 not in known:
+                known.add(block1)
+                kept.append((one, (block1, name.split()[0])))
+        if not kept:
+            fail(f"--smiles {path}: none of its lines is a molecule that is new and light enough")
+        print(f"--smiles {path}: {len(kept):,} molecules, {len(made) + len(bad) - len(kept):,} lines left out",
+              flush=True)
+        new, device = np.arange(len(kept)), self.molecules.device
+        nothing = Ragged(np.zeros(len(kept) + 1, np.int64), *(x[:0] for x in self.peaks.columns), device=device)
+        molecules = Molecules(join([one for one, _ in kept]), self.molecules.bins, device)
+        return replace(
+            self, molecules=self.molecules.with_more(molecules), names=self.names + [name for _, name in kept],
+            spectra=self.spectra | {"train": np.concatenate([self.spectra["train"], len(self.molecule) + new])},
+            molecule=np.concatenate([self.molecule, len(self.names) + new]), peaks=self.peaks.with_more(nothing))
 
     def pool(self, phase):
         """split -> what an epoch passes over: the spectra, or to pretrain the molecules."""
@@ -123,7 +162,7 @@ class Data:
 
     def replicates(self):
         """-> molecules (r,) that have a second spectrum, and that spectrum (r, Z)."""
-        others = np.setdiff1d(np.arange(len(self.molecule)), self.first)
+        others = np.setdiff1d(np.flatnonzero(self.molecule < len(self.first)), self.first)
         molecules, place = np.unique(self.molecule[others], return_index=True)
         return molecules, self.dense(others[place]).cpu()
 
@@ -134,7 +173,7 @@ class Data:
         return bits[:, :ECFP_BITS].cpu()
 
     def smiles(self, row):
-        return self.names[row]
+        return self.names[row][1]
 
 
 def read_molecules(path):
@@ -160,7 +199,7 @@ def read_folder(folder, device="cpu"):
     """What prepare.py wrote -> Data. Raises OSError, ValueError, KeyError or IndexError for what is no such folder."""
     meta = json.loads((folder / "meta.json").read_text())
     array = {name: np.load(folder / f"{name}.npy") for name in meta["arrays"]}
-    names = [line.split(",")[1] for line in (folder / "molecules.csv").read_text().splitlines()[1:]]
+    names = [tuple(line.split(",")) for line in (folder / "molecules.csv").read_text().splitlines()[1:]]
     peaks = Ragged(array["peak_offsets"], array["peak_bin"].astype(np.int64), array["peak_value"], device=device)
     molecule, split = array["molecule"].astype(np.int64), array["split"]
     rows, spectra = ({name: np.flatnonzero(of == i) for i, name in enumerate(meta["splits"])}
@@ -176,4 +215,5 @@ def read_list(path, device="cpu"):
         fail(f"{path}: {len(made)} molecules that RDKit can read, {len(bad)} that it cannot; 20 are needed")
     print(f"{path}: {len(made):,} molecules, {len(bad):,} lines left out", flush=True)
     rows = {"train": np.flatnonzero(np.arange(len(made)) % 10), "val": np.arange(0, len(made), 10)}
+    names = [("", name) for name in names]
     return Data({}, Molecules(join(made), 1, device), np.arange(len(made)), None, rows, rows, None, names)
