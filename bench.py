@@ -5,9 +5,10 @@ python bench.py                                       # all rows, a few minutes 
 python bench.py guard "logbert train"                 # the rows whose names hold one of these words
 python bench.py --full                                # 15 pairs of runs instead of 5
 python bench.py --molecules data/molecules/moses      # train_edl's rows on a prepared set
+python bench.py --spectra data/spectra/massbank       # train_student's rows on a prepared set
 python bench.py --gpu                                 # the same rows on cuda
 python bench.py --gpu --dry_run                       # does it all run? tiny, in seconds, without a GPU too
-pip install transformers drain3                       # the peers; without one, its row has no ratio and says so
+pip install transformers drain3 torch_geometric       # the peers; without one, its row has no ratio and says so
 
 A row times a piece of our work, then one of the peer's, ours again ..., after one untimed piece of each. A ratio is
 made of neighbours only, so that what else the machine does falls on both; its median stands before its range over the
@@ -15,6 +16,7 @@ pairs, and a rate is a median too. Whoever adds a row writes a function and give
 """
 import argparse
 import contextlib
+import copy
 import functools
 import importlib
 import itertools
@@ -37,13 +39,17 @@ os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSF
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import train_edl as edl  # noqa: E402
 import train_logbert as logbert  # noqa: E402
+import train_student as student  # noqa: E402
 from common import (RING, Guard, autocast, every, fail, finish, launch, pick_dtype, rank, seed_step,  # noqa: E402
-                    wrap_ddp)
+                    unwrap, wrap_ddp)
 from data.logs.prepare import LogReader  # noqa: E402
+from data.spectra import features  # noqa: E402
+from data.spectra.tables import Molecules  # noqa: E402
 
 IGNORE = -100                                       # transformers' label of what is not asked
 
@@ -119,7 +125,8 @@ def new_model(script, config, data, device):
     """The script's model, as it starts."""
     torch.manual_seed(config.seed)
     return (script.MolGPT(config, data.vocab, data.block) if script is edl else
-            script.LogBERT(config, data.about)).to(device)
+            script.LogBERT(config, data.about) if script is logbert else
+            script.build_model(config, data.molecules.bins)).to(device)
 
 def our_steps(script, device, config, steps, guarded=True, model=None):
     """-> a side: `steps` optimizer steps as the script takes them; guarded=False: and nothing looks at them."""
@@ -129,7 +136,8 @@ def our_steps(script, device, config, steps, guarded=True, model=None):
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
                                   weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
     guard = Guard(model, optimizer, config.grad_clip) if guarded else None
-    dtype, turns = pick_dtype(config.dtype, device)[0], itertools.count()
+    dtype, turns, good = pick_dtype(config.dtype, device)[0], itertools.count(), torch.zeros((), device=device)
+    follow = getattr(unwrap(model), "follow", lambda bad: None)     # it moves what no gradient moves
 
     def side():
         for step in itertools.islice(turns, steps):
@@ -143,12 +151,13 @@ def our_steps(script, device, config, steps, guarded=True, model=None):
                 loss, parts = script.compute_loss(model, batch, step, config)
             if guard:
                 guard.backward(loss, parts)
-                guard.step(step)
+                follow(guard.step(step))
             else:
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
                 optimizer.step()
                 optimizer.zero_grad()
+                follow(good)
         return steps * config.batch_size
     return side
 
@@ -163,25 +172,34 @@ def padded(rows, length=0, pad=logbert.PAD):
     return [torch.tensor([row + [fill] * (length - len(row)) for row in column])
             for column, fill in zip(zip(*rows), (pad, IGNORE))]
 
-def plain_steps(device, config, model, rows, steps, length, pad):
-    """-> a side: `steps` optimizer steps of a plain loop around a model of transformers; length, pad: see padded."""
-    model, dtype = model.train(), pick_dtype(config.dtype, device)[0]
+def token_loss(length, pad=logbert.PAD):
+    """What plain_steps needs for a model of transformers: its loss, and its collate_fn; length, pad: see padded."""
+    def loss_of(model, tokens, labels):
+        logits = model(input_ids=tokens, attention_mask=tokens != pad).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return loss_of, functools.partial(padded, length=length, pad=pad)
+
+def plain_steps(device, config, model, rows, steps, loss_of, collate=None):
+    """-> a side: `steps` optimizer steps of a plain loop; loss_of(model, the columns of a batch of rows)."""
+    if len(rows) < config.batch_size:
+        fail(f"{config.data_dir or 'demo'}: {len(rows)} training rows do not fill a batch of {config.batch_size}")
+    model, dtype, good = model.train(), pick_dtype(config.dtype, device)[0], torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    loader = DataLoader(rows, config.batch_size, shuffle=True, drop_last=True,
-                        collate_fn=functools.partial(padded, length=length, pad=pad))
+    follow = getattr(model, "follow", lambda bad: None)
+    loader = DataLoader(rows, config.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     batches = (batch for _ in itertools.count() for batch in loader)        # epoch after epoch
 
     def side():
         total = 0.0
-        for tokens, labels in itertools.islice(batches, steps):
-            tokens, labels = tokens.to(device), labels.to(device)
+        for batch in itertools.islice(batches, steps):
+            batch = [column.to(device) for column in batch]
             with autocast(device, dtype):
-                logits = model(input_ids=tokens, attention_mask=tokens != pad).logits
-                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+                loss = loss_of(model, *batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
+            follow(good)
             total += loss.item()
         return steps * config.batch_size
     return side
@@ -232,10 +250,9 @@ def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
     table, length = data.table.cpu().numpy(), data.block if longest else 0
     rows = NextTokens(table[start:start + n + 1] for start, n in zip(
         data.start[data.rows["train"]].tolist(), data.length[data.rows["train"]].tolist()))
-    if len(rows) < config.batch_size:
-        fail(f"--molecules: {len(rows)} training rows do not fill a batch of {config.batch_size}")
     sides = [our_steps(edl, device, config, steps),
-             plain_steps(device, config, gpt2(transformers, config, data, device), rows, steps, length, edl.EOS)
+             plain_steps(device, config, gpt2(transformers, config, data, device), rows, steps,
+                         *token_loss(length, edl.EOS))
              if transformers else None]
     rates = measure(device, pairs, sides, turns)
     more = utilization(config, data, np.median(rates[0]), device) if device.type == "cuda" or config.dry_run else ""
@@ -342,7 +359,7 @@ def logbert_train(device, pairs, config, steps=2 * logbert.WINDOW, turns=10, len
     transformers, data = peer("transformers"), logbert.load_data(config, device)
     rows = MaskedAtRandom(data.session(row).ids.tolist() for row in data.rows["train"])
     sides = [our_steps(logbert, device, config, steps),
-             plain_steps(device, config, bert(transformers, config, data), rows, steps, length, logbert.PAD)
+             plain_steps(device, config, bert(transformers, config, data), rows, steps, *token_loss(length))
              if transformers else None]
     return Row("sessions/s", ">= 3x", "transformers", measure(device, pairs, sides, turns), peak_memory(device, sides),
                f"optimizer steps of {config.batch_size} sessions with their batches; transformers BertForMaskedLM, "
@@ -411,6 +428,109 @@ def logs_prepare(device, pairs, config, lines=200_000, sample=20_000):
                f"{lines:,} raw lines of known templates to sessions of keys and gaps; drain3 TemplateMiner on the "
                f"contents of {sample:,} lines in memory, no sessions")
 
+# ---------------------------------------------------------------------------------------------------- train_student
+MORGAN = [GetMorganGenerator(radius=2, fpSize=size) for size in (features.ECFP_BITS, features.COUNT_BITS)]
+
+@torch.no_grad()
+def dense_student(model):
+    """A Student -> the same with the fingerprint's layer as one would write it first: all 6144 entries of a row."""
+    other, old = copy.deepcopy(model), model.fingerprint
+    other.fingerprint = new = torch.nn.Linear(*old.weight.weight.shape).to(old.bias.device).train(model.training)
+    new.register_forward_pre_hook(lambda new, batch: F.dropout(batch[0]["fingerprint"], old.dropout, new.training))
+    new.weight.copy_(old.weight.weight.T), new.bias.copy_(old.bias)
+    return other
+
+def dense_rows(smiles, bins):
+    """What a plain data set holds of k molecules -> fingerprint (k, 6144), mass (k,), fragments (k, 3, bins)."""
+    rows = []
+    for molecule in map(features.read_smiles, smiles):
+        bits, counts = MORGAN[0].GetFingerprintAsNumPy(molecule), MORGAN[1].GetCountFingerprintAsNumPy(molecule)
+        masses = np.array([features.mass_number(atom) for atom in molecule.GetAtoms()])
+        (kind, member), histogram = features.fragments(molecule), np.zeros((3, bins), np.float32)
+        mass = member @ masses
+        shown = (kind > 0) & (mass < bins)
+        np.add.at(histogram, (kind[shown] - 1, mass[shown]), 1)
+        rows.append((np.concatenate([bits, np.log1p(counts)], dtype=np.float32), masses.sum(), np.log1p(histogram)))
+    return [torch.from_numpy(np.stack(column)) for column in zip(*rows)]
+
+def student_train(device, pairs, config, steps=4, turns=5, most=4_000):
+    data = student.load_data(config)                # a plain data set stays on the host; its library does not
+    spectra, pool = np.random.default_rng(0).permutation(data.spectra["train"])[:most], data.rows["train"]
+    owner, bins = data.molecule[spectra], data.molecules.bins
+    rows = TensorDataset(*dense_rows(map(data.smiles, owner), bins), data.dense(spectra).sqrt(), torch.tensor(owner))
+    library, whose = data.dense(data.first[pool]).sqrt().to(device), torch.from_numpy(pool).to(device)
+
+    def loss_of(model, fingerprint, mass, fragments, target, owner):
+        drawn = torch.randperm(len(library), device=device)[:student.RIVALS]
+        batch = {"fingerprint": fingerprint, "mass": mass, "fragments": fragments, "target": target, "micro": 0,
+                 "rivals": library[drawn], "are_own": owner[:, None] == whose[drawn], "count": len(mass)}
+        return student.compute_loss(model, batch, 0, config)[0]
+
+    sides = [our_steps(student, device, config, steps),
+             plain_steps(device, config, dense_student(new_model(student, config, data, device)), rows, steps, loss_of)]
+    return Row("spectra/s", ">= 1x", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
+               f"optimizer steps of {config.batch_size} spectra with their batches and guard, no teacher; the same "
+               f"model and loss in plain PyTorch, nn.Linear on dense rows, {len(rows):,} in memory, DataLoader, "
+               "shuffled, AdamW, clip_grad_norm_, loss.item()")
+
+def student_predict(device, pairs, config, n=256, turns=2):
+    data, threads = student.load_data(config, device), torch.get_num_threads()
+    smiles = [data.smiles(row) for row in np.resize(data.rows["train"], n)]
+    model, bins = new_model(student, config, data, device).eval(), data.molecules.bins
+    other = dense_student(model)
+
+    def mine():
+        made = features.join([features.featurise(features.read_smiles(one), False) for one in smiles])
+        return student.predict(model, Molecules(made, bins, device), np.arange(n))
+
+    @torch.no_grad()
+    def plain():
+        columns = (column.to(device) for column in dense_rows(smiles, bins))
+        root = other(dict(zip(("fingerprint", "mass", "fragments"), columns)))[0]
+        return (root / root.amax(1, keepdim=True).clamp(min=1e-9)).square().cpu()
+
+    torch.set_num_threads(1)
+    torch.testing.assert_close(mine(), plain(), rtol=0, atol=1e-3)
+    sides = [lambda: len(mine()), lambda: len(plain())]
+    rates, memory = measure(device, pairs, sides, turns), peak_memory(device, sides)
+    torch.set_num_threads(threads)
+    return Row("molecules/s", "<= 1 ms per molecule", "", rates, memory,
+               f"SMILES to spectra, {n} at once, one thread, {1000 / np.median(rates[0]):.2f} ms each; RDKit's "
+               "fingerprints as dense rows, the same fragments, the same model with nn.Linear")
+
+class GeometricGINE(torch.nn.Module):
+    """train_student's GINE, taken over: torch_geometric's GINEConv with its weights."""
+    def __init__(self, nn, layer):
+        super().__init__()
+        self.norm, self.bond = layer.norm, layer.bond
+        inner = torch.nn.Sequential(layer.up, torch.nn.GELU(), layer.drop, layer.down)
+        self.conv = nn.GINEConv(copy.deepcopy(inner), train_eps=True).to(layer.eps.device)
+        self.conv.nn.load_state_dict(inner.state_dict())        # it had drawn new ones
+        self.conv.eps.data.fill_(layer.eps.item())
+
+    def forward(self, h, edges, edge_kind):
+        return h + self.conv(self.norm(h), edges, self.bond(edge_kind))
+
+def student_gine(device, pairs, config, n=64, steps=4, turns=5):
+    nn, data = peer("torch_geometric") and peer("torch_geometric.nn"), student.load_data(config, device)
+    batch = data.molecules.inputs(np.resize(data.rows["train"], n), True)
+    models = [student.Encoder(config).to(device).eval()]
+    if nn:
+        models.append(copy.deepcopy(models[0]))
+        models[1].layers = torch.nn.ModuleList(GeometricGINE(nn, layer) for layer in models[1].layers)
+        torch.testing.assert_close(models[0](batch), models[1](batch), rtol=0, atol=1e-4)
+
+    def both_ways(model):
+        for _ in range(steps):
+            model.zero_grad()
+            model(batch)[:, 0].sum().backward()     # of a whole row it would be 0: the last norm sees to that
+        return steps * n
+
+    sides = [functools.partial(both_ways, model.train()) for model in models]
+    return Row("molecules/s", ">= 1x", "torch_geometric", measure(device, pairs, sides, turns),
+               peak_memory(device, sides), f"forward and backward of the atoms of {n} molecules, {config.gnn_layers} "
+               f"layers of {config.gnn_width}; torch_geometric GINEConv with the same norms, residuals and weights")
+
 # ------------------------------------------------------------------------------------------------------------- main
 TINY = dict(steps=1, turns=1)
 EDL_GUARD, LOGBERT_GUARD = dict(script=edl, unit="molecules/s"), dict(script=logbert, unit="sessions/s")
@@ -426,14 +546,19 @@ ROWS = {                                            # a function, what it is tol
     "train_logbert score, bag view": (logbert_score, dict(view="bag"), dict(sample=3)),
     "train_logbert score, ordered view": (logbert_score, dict(view="ordered"), dict(sample=3)),
     "train_logbert guard on / off": (guard_cost, LOGBERT_GUARD, TINY),
+    "train_student train": (student_train, {}, TINY),
+    "train_student predict": (student_predict, {}, dict(n=8, turns=1)),
+    "train_student teacher GINE": (student_gine, {}, TINY),
+    "train_student guard on / off": (guard_cost, dict(script=student, unit="spectra/s", turns=5), TINY),
     "data/logs prepare": (logs_prepare, {}, dict(lines=300, sample=50)),
 }
+SCRIPTS = {"train_edl": (edl, "molecules"), "train_student": (student, "spectra")}      # and the flag of their data
 
-def settings(script, device, dry_run, molecules=""):
-    """The script's own Config on this device."""
+def settings(script, device, dry_run, data_dir=""):
+    """The script's own Config on this device; a student's is that of one without a teacher."""
     return script.Config(**(script.CPU if device.type == "cpu" else {})
                          | (script.DRY | {"dry_run": True} if dry_run else {})
-                         | ({"data_dir": molecules} if script is edl else {}))
+                         | ({"phase": "student"} if script is student else {}), data_dir=data_dir)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -442,6 +567,7 @@ def main(argv=None):
     parser.add_argument("--gpu", action="store_true", help="on cuda")
     parser.add_argument("--dry_run", action="store_true", help="1 pair of tiny sizes: does every row run?")
     parser.add_argument("--molecules", default="", help="prepared set of train_edl's rows; empty: the demo set")
+    parser.add_argument("--spectra", default="", help="prepared set of train_student's rows; empty: the demo set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers
     flags = parser.parse_args(argv)
@@ -458,13 +584,14 @@ def main(argv=None):
     torch.set_num_threads(flags.threads)
     device, pairs = torch.device("cuda" if cuda else "cpu"), 1 if flags.dry_run else 15 if flags.full else 5
     where = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}" if cuda else "CPU"
-    found = [f"{name} {module.__version__}" for name in ("torch", "transformers") if (module := peer(name))]
+    found = [f"{name} {it.__version__}" for name in ("torch", "transformers", "torch_geometric") if (it := peer(name))]
     print(f"{where}, torch threads: {flags.threads}, {', '.join(found)}; medians of {pairs} pairs (range)\n\n"
           "| row | ours | peer | unit | ratio | goal | peak of tensors, ours / peer | what was compared |\n"
           "|---|---|---|---|---|---|---|---|", flush=True)
     for name in chosen:
         row, more, tiny = ROWS[name]
-        config = settings(edl if "edl" in name else logbert, device, flags.dry_run, flags.molecules)
+        script, flag = SCRIPTS.get(name.split()[0], (logbert, ""))
+        config = settings(script, device, flags.dry_run, getattr(flags, flag, ""))
         print(line(name, row(device, pairs, config, **more | (tiny if flags.dry_run else {}))), flush=True)
 
 if __name__ == "__main__":

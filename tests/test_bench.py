@@ -2,17 +2,19 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import bench
-from bench import edl, logbert
+from bench import edl, logbert, student
 
 CPU, TINY = torch.device("cpu"), dict(dry_run=True, batch_size=8, n_layer=1, n_head=2, n_embd=16)       # the small demo
-SMALL = {edl: edl.Config(**TINY, dropout=0.0), logbert: logbert.Config(**TINY)}
-SCRIPTS = pytest.mark.parametrize("script", [edl, logbert], ids=["edl", "logbert"])
+SMALL = {edl: edl.Config(**TINY, dropout=0.0), logbert: logbert.Config(**TINY),
+         student: student.Config(**student.DRY | dict(dry_run=True, batch_size=8, phase="student"))}
+SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,8 @@ def rows_with(peer, pairs):
     tiny = dict(steps=1, turns=1)
     if peer == "drain3":
         return [bench.logs_prepare(CPU, pairs, SMALL[logbert], lines=300, sample=50)]
+    if peer == "torch_geometric":
+        return [bench.student_gine(CPU, pairs, SMALL[student], **tiny)]
     return [bench.edl_train(CPU, pairs, SMALL[edl], **tiny),
             bench.edl_train(CPU, pairs, SMALL[edl], **tiny, longest=True),
             bench.edl_sample(CPU, pairs, SMALL[edl], steps=1, n=3),
@@ -65,7 +69,7 @@ def rows_with(peer, pairs):
             bench.logbert_score(CPU, pairs, SMALL[logbert], "ordered", sample=3)]
 
 
-@pytest.mark.parametrize("gone", ["transformers", "drain3"])
+@pytest.mark.parametrize("gone", ["transformers", "drain3", "torch_geometric"])
 def test_a_missing_peer_is_said(gone, monkeypatch):
     monkeypatch.setitem(sys.modules, gone, None)
     for row in rows_with(gone, 1):
@@ -73,7 +77,7 @@ def test_a_missing_peer_is_said(gone, monkeypatch):
         assert row.rates.shape == (1, 1) and row.rates[0, 0] > 0
 
 
-@pytest.mark.parametrize("there", ["transformers", "drain3"])
+@pytest.mark.parametrize("there", ["transformers", "drain3", "torch_geometric"])
 def test_rows_with_their_peer(there):
     pytest.importorskip(there)
     for row in rows_with(there, 2):
@@ -109,6 +113,134 @@ def test_the_peer_reads_and_is_asked_what_we_are():
     assert [column.shape for column in bench.padded([drawn[0]], data.block, edl.EOS)] == [(1, data.block)] * 2
 
 
+# ------------------------------------------------------------------------------------------------ peers of a student
+@pytest.fixture(scope="module")
+def spectra():
+    return student.load_data(SMALL[student])
+
+
+def shaken(module):
+    """The same module, each weight moved, biases and norms too."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    return module
+
+
+def test_dense_rows_are_what_we_read(spectra):
+    rows = spectra.spectra["train"][::7]
+    owner = spectra.molecule[rows]
+    batch = spectra.molecules.inputs(owner, False)
+    fingerprint, mass, fragments = bench.dense_rows(map(spectra.smiles, owner), spectra.molecules.bins)
+    assert fingerprint.dtype == fragments.dtype == torch.float32 and fingerprint.shape == (len(rows), 6144)
+    places = spectra.molecules.fingerprint.take(owner)[0]
+    expected = torch.zeros_like(fingerprint).index_put((places, batch["fp_index"]), batch["fp_value"])
+    torch.testing.assert_close(fingerprint, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fragments, batch["fragments"], rtol=0, atol=1e-6)
+    assert torch.equal(mass, batch["mass"]) and fragments.amax() > 0.5 and expected.amax() > 1
+
+
+def test_the_dense_student_has_our_spectra_and_gradients(spectra):
+    torch.manual_seed(1)
+    model = shaken(bench.new_model(student, SMALL[student], spectra, CPU)).eval()
+    other, rows = bench.dense_student(model), spectra.rows["train"][:20]
+    names = "fingerprint", "mass", "fragments"
+    dense = dict(zip(names, bench.dense_rows(map(spectra.smiles, rows), spectra.molecules.bins)))
+    mine, its = (one(batch)[0] for one, batch in ((model, spectra.molecules.inputs(rows, False)), (other, dense)))
+    assert mine.std() > 0.05
+    torch.testing.assert_close(mine, its, rtol=0, atol=1e-5)
+    for y in mine, its:
+        y.square().mean().backward()
+    torch.testing.assert_close(model.fingerprint.weight.weight.grad, other.fingerprint.weight.grad.T, rtol=0, atol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in other.parameters())
+    layer = other.fingerprint
+    assert torch.equal(layer(dense), layer(dense)) and not torch.equal(layer.train()(dense), layer(dense))     # drops
+
+
+def test_the_plain_student_learns_by_our_loss_from_our_rows(spectra, monkeypatch):
+    seen, loss = {False: [], True: []}, student.compute_loss
+
+    def spy(model, batch, step, config):
+        value, parts = loss(model, batch, step, config)
+        seen["fingerprint" in batch].append((batch, parts))
+        return value, parts
+    monkeypatch.setattr(student, "compute_loss", spy)
+    row = bench.student_train(CPU, 1, SMALL[student], steps=5, turns=1)
+    assert row.rates.shape == (2, 1) and "x (" in bench.ratio(row)
+    (mine, parts), (its, other_parts) = seen[False][0], seen[True][0]
+    assert list(parts) == list(other_parts)         # the same terms
+    for name in "target", "rivals", "are_own", "mass", "fragments":
+        assert mine[name].shape == its[name].shape and mine[name].dtype == its[name].dtype, name
+    assert mine["count"] == its["count"] == len(its["mass"]) == 8 and mine["micro"] == its["micro"]
+    pool, drawn = spectra.spectra["train"], []
+    for batch, _ in seen[True]:
+        away = torch.cdist(batch["target"], spectra.dense(pool).sqrt(), compute_mode="donot_use_mm_for_euclid_dist")
+        assert (away.amin(1) == 0).all()            # a training row,
+        drawn += away.argmin(1).tolist()
+        owner = spectra.molecule[pool[drawn[-8:]]]  # with what is known of its molecule,
+        fingerprint, mass, fragments = bench.dense_rows(map(spectra.smiles, owner), spectra.molecules.bins)
+        assert torch.equal(batch["fingerprint"], fingerprint) and torch.equal(batch["mass"], mass)
+        assert torch.equal(batch["fragments"], fragments) and (batch["are_own"].sum(1) == 1).all()
+        own = batch["rivals"][batch["are_own"].nonzero()[:, 1]]         # whose own spectrum is not a rival
+        assert torch.equal(own, spectra.dense(spectra.first[owner]).sqrt())
+    assert len(set(drawn)) > 0.8 * len(drawn)       # shuffled, without repeats within an epoch
+
+
+def test_a_batch_that_is_never_full_is_refused():
+    config = student.Config(**vars(SMALL[student]) | {"batch_size": 1000})
+    with pytest.raises(SystemExit):
+        bench.student_train(CPU, 1, config, steps=1, turns=1)
+
+
+def test_prediction_runs_on_one_thread(monkeypatch):
+    threads, measure = [], bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *about: threads.append(torch.get_num_threads()) or measure(*about))
+    torch.set_num_threads(2)
+    row = bench.student_predict(CPU, 2, SMALL[student], n=5, turns=1)
+    assert threads == [1] and torch.get_num_threads() == 2
+    assert row.rates.shape == (2, 2) and f" {1000 / np.median(row.rates[0]):.2f} ms each" in row.compared
+
+
+class DocumentedGINE(torch.nn.Module):
+    """torch_geometric.nn.GINEConv as its documentation has it, for where it is not installed."""
+    def __init__(self, nn, eps=0.0, train_eps=False, edge_dim=None):
+        super().__init__()
+        assert train_eps and edge_dim is None
+        self.nn, self.eps = nn, torch.nn.Parameter(torch.full((1,), eps))
+        for layer in nn:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+
+    def forward(self, x, edge_index, edge_attr):
+        source, target = edge_index
+        total = torch.stack([(x[source[target == i]] + edge_attr[target == i]).relu().sum(0) for i in range(len(x))])
+        return self.nn(total + (1 + self.eps) * x)
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["documented", "installed"])
+def test_gine_of_torch_geometric_is_ours(installed, spectra, monkeypatch):
+    if installed:
+        pytest.importorskip("torch_geometric")
+        nn = bench.peer("torch_geometric.nn")
+    else:
+        nn = SimpleNamespace(GINEConv=DocumentedGINE, __version__="0")
+        for name in "torch_geometric", "torch_geometric.nn":
+            monkeypatch.setitem(sys.modules, name, nn)
+    torch.manual_seed(1)
+    layer = shaken(student.GINE(SMALL[student])).eval()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    other = bench.GeometricGINE(nn, layer)
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+    batch = spectra.molecules.inputs(spectra.rows["train"][:6], True)
+    h = torch.randn(len(batch["atoms"]), SMALL[student].gnn_width)
+    mine, its = (one(h, batch["edges"], batch["edge_kind"]) for one in (layer, other.eval()))
+    torch.testing.assert_close(mine, its, rtol=0, atol=1e-4)
+    assert (mine - h).std() > 0.05 and layer.eps.abs() > 0.01
+    row = bench.student_gine(CPU, 2, SMALL[student], n=6, steps=1, turns=1)      # asserts it for the whole encoder
+    assert row.rates.shape == (2, 2) and "x (" in bench.ratio(row)
+
+
+# ------------------------------------------------------------------------------------------------ switches and commands
 def test_the_head_switch_is_used(monkeypatch):
     seen, steps = [], bench.our_steps
     monkeypatch.setattr(bench, "our_steps", lambda script, device, config, n: seen.append(config.use_edl)
@@ -159,10 +291,24 @@ def test_a_row_runs_from_the_command_line(capsys):
 def test_the_prepared_set_is_the_one_named(tmp_path):
     with pytest.raises(SystemExit):
         bench.main(["train_edl guard", "--dry_run", "--molecules", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        bench.main(["train_student guard", "--dry_run", "--spectra", str(tmp_path / "none")])
     assert bench.settings(edl, CPU, False, "some/where").data_dir == "some/where"
     assert bench.settings(edl, CPU, False) == edl.Config(**edl.CPU)
     assert bench.settings(edl, torch.device("cuda"), False) == edl.Config()
-    assert bench.settings(logbert, CPU, False, "some/where") == logbert.Config()
+    assert bench.settings(logbert, CPU, False) == logbert.Config()
+    asked = bench.settings(student, CPU, False, "some/where")
+    assert asked == student.Config(**student.CPU, data_dir="some/where", phase="student")
+
+
+def test_a_row_gets_its_own_script_and_set(monkeypatch):
+    got = {}
+    monkeypatch.setattr(bench, "ROWS", {name: (lambda *about, name=name: got.update({name: about[2]}) or made([1], [1]),
+                                               {}, {}) for name in bench.ROWS})
+    bench.main(["--molecules", "a", "--spectra", "b"])
+    for name, config in got.items():
+        script, folder = {"train_edl": (edl, "a"), "train_student": (student, "b")}.get(name.split()[0], (logbert, ""))
+        assert type(config) is script.Config and config.data_dir == folder, name
 
 
 @SCRIPTS
@@ -175,6 +321,9 @@ def test_the_guarded_and_the_plain_step_do_the_same(script):
     for mine, other in zip(models[0].parameters(), models[1].parameters()):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
     assert any(not torch.equal(mine, other) for mine, other in zip(models[0].parameters(), start.parameters()))
+    for (name, mine), other in zip(models[0].named_buffers(), models[1].buffers()):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+    assert script is not student or models[0].bias.any() and models[0].usage.std() > 0      # follow() was called
 
 
 def test_what_cannot_be_run_is_one_line():

@@ -60,13 +60,14 @@ def open_run(script, flags, name, device):
 def speed(script, model, smiles):
     """Milliseconds per molecule on one CPU thread, from SMILES to spectrum -> dict for batches of 1 and of 256."""
     threads, model, found = torch.get_num_threads(), copy.deepcopy(model).cpu(), {}
+    with_graph = not isinstance(model, script.Student)
     torch.set_num_threads(1)
     for size in (1, 256):
         some = (smiles * (size // len(smiles) + 1))[:max(size, min(len(smiles), 32))]
         times = []
         for start in [0, *range(0, len(some) - size + 1, size)]:        # the first one warms up
             since = time.perf_counter()
-            made = [featurise(read_smiles(one)) for one in some[start:start + size]]
+            made = [featurise(read_smiles(one), with_graph) for one in some[start:start + size]]
             script.predict(model, Molecules(join(made), model.about["bins"]), np.arange(size))
             times.append((time.perf_counter() - since) / size * 1000)
         found[f"ms per molecule, batch {size}, one thread"] = float(np.median(times[1:]))
@@ -100,11 +101,12 @@ def main_eval(script, argv):
     table(script, model, data, Path(flags.out_dir) / flags.run_name, stem="eval", beside=models)
 
 
-def candidates_in(path, flag, bins):
-    """A file of SMILES -> featurised molecules below the model's heaviest mass, their names, what was left out."""
+def candidates_in(path, flag, script, model):
+    """A file of SMILES -> featurised molecules below the model's heaviest mass, their lines, what was left out."""
+    bins = model.about["bins"]
     if not path:
         fail(f"--{flag} FILE: a file with a SMILES per line")
-    made, names, bad = read_molecules(path)
+    made, names, bad = read_molecules(path, not isinstance(model, script.Student))
     heavy = [i for i, one in enumerate(made) if one["mass"][0] >= bins]
     bad += [{"line": None, "reason": f"heavier than {bins - 1} Da", "text": names[i][:80]} for i in heavy]
     kept = [i for i in range(len(made)) if i not in set(heavy)]
@@ -119,7 +121,7 @@ def main_sample(script, argv):
     model = open_run(script, flags, flags.run_name, device)
     if flags.batch_size < 1:
         fail(f"--batch_size {flags.batch_size}: must be above 0")
-    made, names, bad = candidates_in(flags.smiles, "smiles", model.about["bins"])
+    made, names, bad = candidates_in(flags.smiles, "smiles", script, model)
     out, molecules = Path(flags.out), Molecules(join(made), model.about["bins"], device)
     if out.is_dir():
         fail(f"--out {out} is a folder: name a file")
@@ -142,7 +144,7 @@ def main_rank(script, argv):
     model = open_run(script, flags, flags.run_name, device)
     if not flags.msp or not Path(flags.msp).is_file():
         fail(f"--msp {flags.msp or 'FILE'}: measured spectra to find; there is no such file")
-    made, names, bad = candidates_in(flags.candidates, "candidates", model.about["bins"])
+    made, names, bad = candidates_in(flags.candidates, "candidates", script, model)
     molecules = Molecules(join(made), model.about["bins"], device)
     library = weigh(script.predict(model, molecules, np.arange(len(made))), *COSINES["weighted"])
     print(f"{len(made):,} candidates" + f"; {len(bad):,} lines left out" * bool(bad))

@@ -29,7 +29,6 @@ class Ragged:
         owner, begin, place = cast((owner, begin, place), self.device)
         return owner, begin, *(column[place] for column in self.columns)
 
-
     def with_more(self, other):
         """-> these rows and then the other's."""
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
@@ -37,7 +36,8 @@ class Ragged:
 
 
 class Molecules:
-    """What is known of molecules before any spectrum: features.join()'s arrays as tables on the device."""
+    """What is known of molecules before any spectrum: features.join()'s arrays as tables on the device. Without graphs
+    inputs() serves students alone."""
     def __init__(self, arrays, bins, device="cpu"):
         self.n, self.bins, self.device = len(arrays["mass"]), bins, torch.device(device)
         self.mass = arrays["mass"].astype(np.int64)             # (n,) nominal mass
@@ -45,17 +45,16 @@ class Molecules:
         index, count = arrays["fp_index"].astype(np.int64), arrays["fp_count"].astype(np.float32)
         value = np.where(index < ECFP_BITS, 1, np.log1p(count)).astype(np.float32)
         self.fingerprint = Ragged(arrays["fp_offsets"], index, value, device=device)
-        self.atoms = Ragged(arrays["atom_offsets"], arrays["atoms"][:, :7].astype(np.int64), device=device)
-        self.bonds = Ragged(arrays["bond_offsets"], arrays["bonds"].astype(np.int64), device=device)
-        kind, size, atom = (arrays[f"fragment_{name}"].astype(np.int64) for name in ("kind", "size", "atoms"))
-        per_molecule = np.diff(arrays["fragment_offsets"])
-        nth = np.arange(len(kind)) - np.repeat(arrays["fragment_offsets"][:-1], per_molecule)
-        first_atom = np.repeat(np.repeat(arrays["atom_offsets"][:-1], per_molecule), size)
-        mass = np.add.reduceat(arrays["atoms"][first_atom + atom, 7].astype(np.int64), np.cumsum(size) - size)
-        self.fragments = Ragged(arrays["fragment_offsets"], kind, mass, device=device)
-        self.members = Ragged(arrays["member_offsets"], np.repeat(nth, size), atom, device=device)
-        broken = np.repeat(nth, arrays["fragment_broken"]), arrays["broken_bonds"].astype(np.int64)
-        self.broken = Ragged(arrays["broken_offsets"], *broken, device=device)
+        offsets, kind, mass = (arrays[f"fragment_{name}"].astype(np.int64) for name in ("offsets", "kind", "mass"))
+        self.fragments = Ragged(offsets, kind, mass, device=device)
+        if "atoms" in arrays:
+            self.atoms = Ragged(arrays["atom_offsets"], arrays["atoms"].astype(np.int64), device=device)
+            self.bonds = Ragged(arrays["bond_offsets"], arrays["bonds"].astype(np.int64), device=device)
+            nth = np.arange(len(kind)) - np.repeat(offsets[:-1], np.diff(offsets))      # in its molecule
+            members = np.repeat(nth, arrays["fragment_size"]), arrays["fragment_atoms"].astype(np.int64)
+            broken = np.repeat(nth, arrays["fragment_broken"]), arrays["broken_bonds"].astype(np.int64)
+            self.members = Ragged(arrays["member_offsets"], *members, device=device)
+            self.broken = Ragged(arrays["broken_offsets"], *broken, device=device)
 
     def with_more(self, other):
         """-> these molecules and then the other's."""
@@ -176,7 +175,7 @@ class Data:
         return self.names[row][1]
 
 
-def read_molecules(path):
+def read_molecules(path, with_graph=True):
     """A file with a SMILES per line, perhaps a name after it -> list of featurise()'s answers, their lines, and what
     could not be read as dicts of line, reason, text."""
     made, names, bad = [], [], []
@@ -188,7 +187,7 @@ def read_molecules(path):
         if line.strip():
             try:
                 with rdBase.BlockLogs():
-                    made.append(featurise(read_smiles(line.split()[0])))
+                    made.append(featurise(read_smiles(line.split()[0]), with_graph))
                 names.append(line.strip())
             except (ValueError, OverflowError, RuntimeError) as error:
                 bad.append({"line": number, "reason": str(error), "text": line[:80]})
