@@ -65,6 +65,9 @@ def parse_flags(Config, argv, doc="", aliases={}):
 
 def read_config(path, fields):
     """A JSON file of fields (or a run's config.json) -> dict, checked by name and type; bad ones end in fail()."""
+    if path.endswith((".yaml", ".yml")):
+        fail(f"--config {path}: YAML; JSON is made of it by: python -c \"import yaml, json; json.dump("
+             f"yaml.safe_load(open('{path}')), open('{Path(path).with_suffix('.json')}', 'w'))\"")
     try:
         base = json.loads(Path(path).read_text(), parse_float=finite_number, parse_constant=finite_number)
         base = dict(base.get("config", base))
@@ -326,14 +329,12 @@ class Run:
         if not self.main:
             return
         try:
-            import matplotlib
+            from matplotlib.figure import Figure    # not pyplot: no backend to choose, nothing global to close
         except ImportError:
             if not hasattr(self, "told"):
                 self.told = self.log("no curves.png: pip install matplotlib")
             return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+        top, bottom = (figure := Figure(figsize=(8, 7), layout="constrained")).subplots(2, 1, sharex=True)
         for split in dict.fromkeys(row["split"] for row in self.rows):
             rows = [row for row in self.rows if row["split"] == split and row.get("loss") is not None]
             steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
@@ -347,4 +348,3 @@ class Run:
             bottom.axvline(step, color="red", alpha=0.4)
         top.set(ylabel="loss"), bottom.set(xlabel="step (red: some were skipped)"), top.legend(), bottom.legend()
         figure.savefig(self.folder / "curves.png", dpi=100)
-        plt.close(figure)

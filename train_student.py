@@ -43,7 +43,7 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set, weights_file
+from data.files import demo_set, given_file, or_fail
 from data.spectra import metrics, search
 from data.spectra.features import ATOM_SIZES, N_FEATURES
 from data.spectra.tables import MASKED, read_folder, read_list
@@ -230,8 +230,7 @@ class Student(nn.Module):
         self.config, E = config, config.experts
         self.fingerprint, self.trunk, self.norm = Fingerprint(config), Block(config), nn.LayerNorm(config.width)
         self.experts = nn.ModuleList(nn.Sequential(*(Block(config) for _ in range(config.blocks))) for _ in range(E))
-        self.router = nn.Linear(config.width, E)
-        self.head = Head(config, bins)
+        self.router, self.head = nn.Parameter(1e-3 * torch.randn(E, config.width)), Head(config, bins)
         self.projector = nn.Linear(config.width, features) if features else None
         self.register_buffer("bias", torch.zeros(E)), self.register_buffer("usage", torch.full((E,), 1 / E))
         self.register_buffer("balance", torch.ones(3))                  # GradNorm's factors of hard, soft, feature
@@ -243,7 +242,7 @@ class Student(nn.Module):
         """-> y (B, Z) float32, h (B, D), p (B, E) float32 probabilities of the router, load (E,), rows per expert."""
         h = self.trunk(self.fingerprint(batch))
         with float32_island(h):
-            logits = F.linear(F.layer_norm(h.float(), h.shape[-1:]), self.router.weight, self.router.bias)
+            logits = F.linear(F.layer_norm(h.float(), h.shape[-1:]), self.router)
             chosen = (logits.detach() + self.bias).topk(self.config.top_k).indices
             mixed = logits + self.bias if self.config.bias_in_weights else logits
             weights = torch.zeros_like(logits).scatter(1, chosen, mixed.gather(1, chosen).softmax(1))
@@ -373,8 +372,10 @@ def build_model(config, bins, features=0):
     model = {"pretrain": Bonds, "teacher": Teacher, "student": Student}[config.phase](config, bins, features)
     model.about = {"config": dataclasses.asdict(config), "bins": bins, "features": features}
     if config.phase == "teacher" and config.init:
-        start = open_model(config.init)             # of --phase pretrain, or another teacher
-        load_tensors(model.encoder, model_tensors(start.encoder), config.init)
+        start = or_fail(load_model, config.init)
+        if isinstance(start, Student):
+            fail(f"--init {config.init} is a student: it has no graph; --phase pretrain makes what is wanted here")
+        or_fail(load_tensors, model.encoder, model_tensors(start.encoder), config.init)
     return model
 
 
@@ -387,14 +388,6 @@ def load_model(path, device="cpu"):
     model = build_model(Config(**about["config"] | {"init": ""}), about["bins"], about["features"])
     load_tensors(model, tensors, path)
     return model.to(device).eval()
-
-
-def open_model(path, device="cpu"):
-    """load_model, or fail()"""
-    try:
-        return load_model(path, device)
-    except ValueError as error:
-        fail(error)
 
 
 # ------------------------------------------------------------------------------------------------------------ loss
@@ -530,11 +523,13 @@ def ask_teachers(config, data):
     (n,) float32, of mean 1 over the training molecules, the share of their spectra that the passes under dropout have
     in common, |mean|^2 / (|mean|^2 + |sd|^2). The ranks share the work; the answer is the same on all."""
     rows, device = np.unique(data.molecule[data.spectra["train"]]), data.molecules.device
-    teachers, paths = [open_model(path, device) for path in config.teacher.split(",")], config.teacher.split(",")
+    paths = config.teacher.split(",")
+    teachers = [or_fail(load_model, path, device) for path in paths]
     for path, teacher in zip(paths, teachers):
         if not isinstance(teacher, Teacher) or teacher.about["bins"] != data.molecules.bins:
             fail(f"--teacher {path}: no teacher of {data.molecules.bins} bins; --phase teacher on these data makes one")
-    width, passes = sum(one.about["config"]["width"] for one in teachers), max(len(teachers), config.passes)
+    width = sum(one.about["config"]["width"] for one in teachers)
+    passes = len(teachers) * max(1, math.ceil(config.passes / len(teachers)))
     mean, square, feature = (torch.zeros(data.molecules.n, z, device=device) for z in (data.molecules.bins, 1, width))
     for number, some in enumerate(np.split(rows, range(256, len(rows), 256))):
         if number % world_size() == rank():
@@ -591,16 +586,17 @@ def run_training(config, device):
             return done
         best = Path(config.out_dir) / first.run_name / "best.safetensors"
         config = dataclasses.replace(config, teacher=str(best), init="")
+        listen()                                    # again: the teacher's phase is over
     return run_phase(dataclasses.replace(config, phase=config.phase or "student"), device)
 
 
 def run_phase(config, device):
-    torch.manual_seed(config.seed)
     folder = Path(config.out_dir) / config.run_name
     data = load_data(config, device)
     if config.teacher:
         data.taught = ask_teachers(config, data)
     features = data.taught["feature"].shape[1] if data.taught else 0
+    torch.manual_seed(config.seed)                  # here: the teachers' dropout has moved it
     raw_model = build_model(config, data.molecules.bins, features).to(device)
     matrices, vectors = ([p for p in raw_model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
@@ -726,9 +722,9 @@ def settle(config, given):
             fail(f"--{name} {getattr(config, name)}: must be {'above' if least else 'at least'} 0, a dropout below 1")
     if config.top_k > config.experts or config.phase not in ("", "pretrain", "teacher", "student"):
         fail(f"--phase {config.phase}: pretrain, teacher, student; --top_k {config.top_k}: not above --experts")
-    for flag in ("init", "teacher"):
-        for path in filter(None, getattr(config, flag).split(",")):
-            weights_file(flag, path)
+    files = ("init", config.init), ("smiles", config.smiles), *(("teacher", one) for one in config.teacher.split(","))
+    for flag, path in files:
+        given_file(flag, path)
     alone = not config.teacher and config.phase in ("teacher", "student")
     if config.teacher and config.phase in ("pretrain", "teacher") or alone and (config.smiles or config.use_gradnorm):
         fail("--teacher is for a student; --use_gradnorm needs one, and --smiles too unless with --phase pretrain")

@@ -177,6 +177,7 @@ def mirror_some(path, data, predict, split, log=print):
     for row, cosine, up, down in zip(rows, cosines, true, pred):
         smiles = data.smiles(row)
         pairs.append((f"{cosine:.3f}  {smiles if len(smiles) <= 40 else smiles[:39] + '…'}", up, down))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     mirror(path, pairs, log)
 
 

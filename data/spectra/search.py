@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from common import fail, launch
+from data.files import or_fail
 from data.spectra import metrics
 from data.spectra.features import featurise, join, read_smiles
 from data.spectra.metrics import COSINES, weigh
 from data.spectra.msp import Bad, read_msp, to_bins, write_msp
 from data.spectra.tables import Molecules, read_molecules
-from runs import parse_flags, trained
+from runs import finite_number, parse_flags, trained
 
 
 @dataclass
@@ -51,7 +52,7 @@ class EvalFlags:
 
 def open_run(script, flags, name, device):
     """-> the best model of the run of that name."""
-    model = script.open_model(trained(flags.out_dir, name) / "best.safetensors", device)
+    model = or_fail(script.load_model, trained(flags.out_dir, name) / "best.safetensors", device)
     if isinstance(model, script.Bonds):
         fail(f"--run_name {name} was trained with --phase pretrain and knows no spectra")
     return model
@@ -106,13 +107,10 @@ def candidates_in(path, flag, script, model):
     bins = model.about["bins"]
     if not path:
         fail(f"--{flag} FILE: a file with a SMILES per line")
-    made, names, bad = read_molecules(path, not isinstance(model, script.Student))
-    heavy = [i for i, one in enumerate(made) if one["mass"][0] >= bins]
-    bad += [{"line": None, "reason": f"heavier than {bins - 1} Da", "text": names[i][:80]} for i in heavy]
-    kept = [i for i in range(len(made)) if i not in set(heavy)]
-    if not kept:
-        fail(f"--{flag} {path}: none of its {len(names) + len(bad)} lines is a molecule of at most {bins - 1} Da")
-    return [made[i] for i in kept], [names[i] for i in kept], bad
+    made, names, bad = read_molecules(path, not isinstance(model, script.Student), bins - 1)
+    if not made:
+        fail(f"--{flag} {path}: none of its {len(bad)} lines is a molecule of at most {bins - 1} Da")
+    return made, names, bad
 
 
 def main_sample(script, argv):
@@ -131,11 +129,15 @@ def main_sample(script, argv):
             for row, spectrum in zip(rows, script.predict(model, molecules, rows).numpy() * 999):
                 text, _, name = names[row].partition(" ")
                 mz = np.flatnonzero(spectrum >= 0.999)
+                if not len(mz):
+                    bad.append({"line": None, "reason": "no peak was predicted", "text": names[row][:80]})
+                    continue
                 write_msp(file, {"Name": name.strip() or text, "SMILES": text, "MW": int(molecules.mass[row]),
                                  "Comments": f"predicted by {flags.run_name}"}, mz, spectrum[mz])
+    written = len(made) - sum(row["line"] is None for row in bad)
     rejected = out.with_name(f"{out.stem}.rejected.jsonl")
     rejected.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
-    print(f"{out}: {len(made):,} spectra; {len(bad):,} lines left out" + f", listed in {rejected}" * bool(bad))
+    print(f"{out}: {written:,} spectra; {len(bad):,} lines left out" + f", listed in {rejected}" * bool(bad))
 
 
 def main_rank(script, argv):
@@ -144,6 +146,8 @@ def main_rank(script, argv):
     model = open_run(script, flags, flags.run_name, device)
     if not flags.msp or not Path(flags.msp).is_file():
         fail(f"--msp {flags.msp or 'FILE'}: measured spectra to find; there is no such file")
+    if flags.top < 1 or flags.window < 0:
+        fail(f"--top {flags.top} must be above 0, --window {flags.window} not below 0")
     made, names, bad = candidates_in(flags.candidates, "candidates", script, model)
     molecules = Molecules(join(made), model.about["bins"], device)
     library = weigh(script.predict(model, molecules, np.arange(len(made))), *COSINES["weighted"])
@@ -166,7 +170,7 @@ def main_rank(script, argv):
 
 def stated_mass(record, msp):
     try:
-        return float(record.fields["mw"])
+        return finite_number(record.fields["mw"])
     except (KeyError, ValueError):
         fail(f"{msp} line {record.line}: no MW: in the record, which --window needs; leave the flag out")
 

@@ -1,6 +1,7 @@
 """Molecules and spectra as tables on the device, from which batches are cut; data/README.md describes the arrays."""
 import copy
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,11 +128,11 @@ class Data:
 
     def with_more(self, path):
         """-> also molecules without a spectrum, a SMILES per line, as rows to train on; none that the set holds."""
-        made, names, bad = read_molecules(path)
+        made, names, bad = read_molecules(path, True, self.molecules.bins - 1)
         known, kept = {block1 for block1, _ in self.names}, []
         for one, name in zip(made, names):
             block1 = block1_of(name.split()[0])
-            if one["mass"][0] < self.molecules.bins and block1 and block1 not in known:
+            if block1 and block1 not in known:
                 known.add(block1)
                 kept.append((one, (block1, name.split()[0])))
         if not kept:
@@ -175,9 +176,9 @@ class Data:
         return self.names[row][1]
 
 
-def read_molecules(path, with_graph=True):
+def read_molecules(path, with_graph=True, max_mass=math.inf):
     """A file with a SMILES per line, perhaps a name after it -> list of featurise()'s answers, their lines, and what
-    could not be read as dicts of line, reason, text."""
+    could not be read or is too heavy as dicts of line, reason, text."""
     made, names, bad = [], [], []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -187,7 +188,10 @@ def read_molecules(path, with_graph=True):
         if line.strip():
             try:
                 with rdBase.BlockLogs():
-                    made.append(featurise(read_smiles(line.split()[0]), with_graph))
+                    one = featurise(read_smiles(line.split()[0]), with_graph)
+                if one["mass"][0] > max_mass:
+                    raise ValueError(f"heavier than {max_mass} Da")
+                made.append(one)
                 names.append(line.strip())
             except (ValueError, OverflowError, RuntimeError) as error:
                 bad.append({"line": number, "reason": str(error), "text": line[:80]})
