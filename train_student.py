@@ -375,7 +375,7 @@ def build_model(config, bins, features=0):
         start = or_fail(load_model, config.init)
         if isinstance(start, Student):
             fail(f"--init {config.init} is a student: it has no graph; --phase pretrain makes what is wanted here")
-        or_fail(load_tensors, model.encoder, model_tensors(start.encoder), config.init)
+        or_fail(load_tensors, model.encoder, model_tensors(start.encoder), f"--init {config.init}")
     return model
 
 
@@ -722,12 +722,12 @@ def settle(config, given):
             fail(f"--{name} {getattr(config, name)}: must be {'above' if least else 'at least'} 0, a dropout below 1")
     if config.top_k > config.experts or config.phase not in ("", "pretrain", "teacher", "student"):
         fail(f"--phase {config.phase}: pretrain, teacher, student; --top_k {config.top_k}: not above --experts")
-    files = ("init", config.init), ("smiles", config.smiles), *(("teacher", one) for one in config.teacher.split(","))
-    for flag, path in files:
-        given_file(flag, path)
     alone = not config.teacher and config.phase in ("teacher", "student")
     if config.teacher and config.phase in ("pretrain", "teacher") or alone and (config.smiles or config.use_gradnorm):
         fail("--teacher is for a student; --use_gradnorm needs one, and --smiles too unless with --phase pretrain")
+    files = ("init", config.init), ("smiles", config.smiles), *(("teacher", one) for one in config.teacher.split(","))
+    for flag, path in files:
+        given_file(flag, path)
     return config
 
 

@@ -7,15 +7,20 @@ import pytest
 
 import train_edl
 import train_logbert
+import train_student
 from data.logs import prepare as prepare_logs
 from data.molecules import prepare as prepare_molecules
+from data.spectra import prepare as prepare_spectra
+from data.spectra import search
 from runs import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"out", "venv", ".venv"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not ELSEWHERE & set(path.relative_to(ROOT).parts))
-SCRIPTS = {"train_edl.py": train_edl, "train_logbert.py": train_logbert}
-PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/logs/prepare.py": prepare_logs}
+SCRIPTS = {"train_edl.py": train_edl, "train_logbert.py": train_logbert, "train_student.py": train_student}
+PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/logs/prepare.py": prepare_logs,
+           "data/spectra/prepare.py": prepare_spectra}
+VERBS = {"train_student.py": search}                # where the flags of a script's verbs are, if not in the script
 BUDGET = dict.fromkeys(SCRIPTS, 750) | {"common.py": 350, "runs.py": 350, "autopsy.py": 220}
 
 
@@ -56,8 +61,9 @@ def test_commands_in_the_texts_parse(command):
         PREPARE[words[script]].parse(arguments)
     elif words[script] in SCRIPTS:
         module, verb = SCRIPTS[words[script]], arguments[0].capitalize() if arguments else ""
-        if hasattr(module, f"{verb}Flags"):
-            parse_flags(getattr(module, f"{verb}Flags"), arguments[1:])
+        verbs = VERBS.get(words[script], module)
+        if hasattr(verbs, f"{verb}Flags"):
+            parse_flags(getattr(verbs, f"{verb}Flags"), arguments[1:])
         else:
             parse_flags(module.Config, arguments, "", module.ALIASES)
 
@@ -78,9 +84,18 @@ def between(text, start, end):
     return text.split(start)[1].split(end)[0]
 
 
+FOLLOW = """            bad = guard.step(step)
+            if config.phase == "student":
+                raw_model.follow(bad)               # expert bias and usage: only if the step was taken
+"""
+
+
 def kept_alike(name, text):
     """What is the same in all scripts, by what it is called."""
     text = text.replace(name, "train_x.py")
+    if name == "train_student.py":                  # what no gradient moves is moved by the step too
+        assert text.count(FOLLOW) == 1
+        text = text.replace(FOLLOW, "            guard.step(step)\n")
     loop = between(text, "    guard = Guard(", "        for step in range(start, max_steps + 1):")
     return {
         "common flags": common_fields(text),

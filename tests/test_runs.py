@@ -12,6 +12,7 @@ import random
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -113,6 +114,23 @@ def test_a_bad_config_file_is_one_line_and_exit_2(capsys, tmp_path, content, say
     path.write_text(content)
     line = refused(capsys, "--config", str(path))
     assert str(path) in line and says in line
+
+
+@pytest.mark.parametrize("end", ["yaml", "yml"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_yaml_config_is_refused_with_the_line_that_converts_it(capsys, tmp_path, end, there):
+    """JSON is valid YAML, so the line can be tried out here with a stand-in for the yaml package."""
+    path = tmp_path / f"my.run.{end}"
+    if there:
+        path.write_text('{"seed": 5, "learning_rate": 0.5}')
+    line = refused(capsys, "--config", str(path))
+    code = line.split("python -c ")[1].strip()
+    assert code == (f"\"import yaml, json; json.dump(yaml.safe_load(open('{path}')), "
+                    f"open('{tmp_path / 'my.run.json'}', 'w'))\"")
+    if there:
+        (tmp_path / "yaml.py").write_text("from json import load as safe_load\n")
+        subprocess.run(f"{sys.executable} -c {code}", shell=True, check=True, cwd=tmp_path)
+        assert flags("--config", str(tmp_path / "my.run.json"))[0] == Config(seed=5, learning_rate=0.5)
 
 
 def test_a_missing_config_file_is_one_line_and_exit_2(capsys, tmp_path):

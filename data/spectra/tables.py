@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rdkit import rdBase
+from rdkit import Chem, rdBase
 
 from common import cast, fail
 from data.spectra.features import ECFP_BITS, N_FEATURES, block1_of, featurise, join, read_smiles
@@ -188,7 +188,8 @@ def read_molecules(path, with_graph=True, max_mass=math.inf):
         if line.strip():
             try:
                 with rdBase.BlockLogs():
-                    one = featurise(read_smiles(line.split()[0]), with_graph)
+                    same = Chem.MolToSmiles(read_smiles(line.split()[0]))       # as prepare.py reads it: any spelling
+                    one = featurise(read_smiles(same), with_graph)
                 if one["mass"][0] > max_mass:
                     raise ValueError(f"heavier than {max_mass} Da")
                 made.append(one)
@@ -218,5 +219,5 @@ def read_list(path, device="cpu"):
         fail(f"{path}: {len(made)} molecules that RDKit can read, {len(bad)} that it cannot; 20 are needed")
     print(f"{path}: {len(made):,} molecules, {len(bad):,} lines left out", flush=True)
     rows = {"train": np.flatnonzero(np.arange(len(made)) % 10), "val": np.arange(0, len(made), 10)}
-    names = [("", name) for name in names]
-    return Data({}, Molecules(join(made), 1, device), np.arange(len(made)), None, rows, rows, None, names)
+    names, every = [("", name.split()[0]) for name in names], np.arange(len(made))
+    return Data({}, Molecules(join(made), 1, device), every, None, rows, rows, every, names)
