@@ -7,7 +7,7 @@ python data/spectra/prepare.py --msp FILE --name mine && python train_student.py
 python train_student.py --data_name mine --phase teacher --run_name tutor
 python train_student.py --data_name mine --teacher out/tutor/best.safetensors --run_name pupil
 torchrun --nproc_per_node=8 train_student.py --data_name mine --teacher out/tutor/best.safetensors  # eight GPUs
-python train_student.py --resume --run_name pupil     # goes on, bit for bit, from the newest checkpoint
+python train_student.py --resume --run_name pupil     # goes on from the newest checkpoint, on a CPU bit for bit
 python train_student.py eval --run_name pupil --beside tutor    # all metrics, beside another run and the baselines
 python train_student.py sample --run_name pupil --smiles FILE --out predicted.msp
 python train_student.py rank --run_name pupil --msp FILE --candidates FILE      # which molecule is it?
@@ -47,8 +47,8 @@ from data.files import demo_set, given_file, or_fail
 from data.spectra import metrics, search
 from data.spectra.features import ATOM_SIZES, N_FEATURES
 from data.spectra.tables import MASKED, read_folder, read_list
-from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
-                  save_checkpoint, steps_in, trained, write_file)
+from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file,
+                  restore, resume_config, save_checkpoint, steps_in, write_file)
 
 # B rows (spectra), A atoms and F fragments of a batch's molecules, G width of an atom, D width, Z bins (m/z), E experts
 RIVALS, BEYOND, SHIFTS = 2048, 5, 11  # spectra to choose from, bins above M for isotopes and around a fragment's mass
@@ -113,7 +113,7 @@ class Config:
     temperature: float = 4.0  # of the soft loss at the start; a cosine leads to
     temperature_end: float = 1.0  # the one at the end
     passes: int = 30  # of the teachers with dropout on, for the mean and spread of what they say; 0: one each without
-    use_gradnorm: bool = False  # balance hard, soft and feature loss by their gradients
+    use_gradnorm: bool = False  # make the gradients of hard, soft and feature loss equal, whatever their weights
     lds_sigma: float = 0.0  # in bins: smooth the measured spectra; the original's is 1.5; 0: off
 
 
@@ -392,8 +392,8 @@ def load_model(path, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------------------ loss
 class LDS(nn.Module):
-    """Smoothing along m/z by a Gaussian of 7 taps (Yang et al. 2021): (B, Z) of any dtype and device -> the same. Of a
-    measured spectrum it keeps a cosine of .72 to itself, hence off by default."""
+    """Smoothing along m/z by a Gaussian of 7 taps (Yang et al. 2021): (B, Z) of any dtype and device -> the same. A
+    measured spectrum keeps a cosine of .72 to itself: hence off by default."""
     def __init__(self, sigma, taps=7):
         super().__init__()
         self.register_buffer("kernel", (-0.5 * (torch.arange(taps) - taps // 2).square() / sigma ** 2).softmax(0))
@@ -438,14 +438,14 @@ def compute_loss(model, batch, step, config):
         return loss, {"accuracy": right}
     y, h, *routing = model(batch)
     with float32_island(y):
-        target = LDS(config.lds_sigma)(batch["target"]) if config.lds_sigma else batch["target"]
-        found, own, mean = weigh(y), weigh(target), (lambda rows: rows.sum() / batch["count"])
-        known = batch["target"].amax(1)             # 1; 0 of a molecule that only teachers know, see --smiles
+        target, known = batch["target"], batch["target"].amax(1)        # 1; 0 where only teachers know, see --smiles
+        smooth = LDS(config.lds_sigma)(target.square()).sqrt() if config.lds_sigma else target
+        found, own, mean = weigh(y), weigh(smooth), (lambda rows: rows.sum() / batch["count"])
         parts, weights = {"hard": mean(known * (1 - (found * own).sum(1)))}, {
             "hard": config.hard_weight if "taught" in batch else 1.0, "rank": config.rank_weight,
             "soft": config.soft_weight, "feature": config.feature_weight}
         if config.rank_weight:
-            parts["rank"] = mean(known * rank_loss(found, own, weigh(batch["rivals"]), batch["are_own"]))
+            parts["rank"] = mean(known * rank_loss(found, weigh(target), weigh(batch["rivals"]), batch["are_own"]))
         if "taught" in batch:
             parts["soft"] = mean(batch["confidence"] * soft_loss(y, batch["taught"], batch["temperature"]))
             features = unwrap(model).projector(h).float()
@@ -486,15 +486,15 @@ def predict(model, molecules, rows, dtype=torch.float32):
 
 @torch.no_grad()
 def evaluate(model, data, config, split="val"):
-    """Over a split, equal on all ranks -> dict: loss, 1 - weighted cosine; recall@10, the library search of protocol A;
-    error, loss + 1 - recall@10, which chooses checkpoints (recall alone is noise among some hundred molecules). Of
-    hidden bonds when config.phase is pretrain."""
-    model, rows = unwrap(model), data.rows[split]
+    """Over a split (2,048 of it at most), equal on all ranks -> dict: loss, 1 - weighted cosine; recall@10, the library
+    search of protocol A; error, loss + 1 - recall@10, which chooses checkpoints: recall alone is noise among some
+    hundred molecules. Of hidden bonds when config.phase is pretrain."""
+    model, rows = unwrap(model), data.rows[split][:2048]
     was_training = model.training
     model.eval()
     mine, device = np.arange(rank(), len(rows), world_size()), data.molecules.device
     if config.phase == "pretrain":
-        batch = data.molecules.hide_bonds(rows[:2048], np.arange(min(2048, len(rows))), np.random.default_rng(0))
+        batch = data.molecules.hide_bonds(rows, np.arange(len(rows)), np.random.default_rng(0))
         loss, parts = compute_loss(model, batch, 0, config)
         model.train(was_training)
         return {"loss": float(loss), "error": 1 - float(parts["accuracy"])}
@@ -581,6 +581,8 @@ def run_training(config, device):
     if not config.phase and not config.teacher:
         first = dataclasses.replace(config, phase="teacher", run_name=f"{config.run_name}-teacher",
                                     max_epochs=config.teacher_epochs)
+        if config.resume and (saved := newest(Path(config.out_dir) / first.run_name)):
+            first = resume_config(first, {*FIXED, "resume"}, saved[2]["config"], FIXED)
         done = run_phase(first, device)
         if "table" not in done:                     # stopped by a signal
             return done
@@ -592,6 +594,8 @@ def run_training(config, device):
 
 def run_phase(config, device):
     folder = Path(config.out_dir) / config.run_name
+    if not config.resume and agree(len(checkpoints(folder)), device):
+        fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
     data = load_data(config, device)
     if config.teacher:
         data.taught = ask_teachers(config, data)
@@ -614,8 +618,6 @@ def run_phase(config, device):
                 fail(f"--data_dir {config.data_dir or '(demo)'}: its --max_mz is not the checkpoint's")
             restore(raw_model, optimizer, *saved)
             start, best = saved[1]["step"], saved[1]["best"]
-    elif agree(len(checkpoints(folder)), device):
-        fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
     if start > max_steps:
         fail(f"the newest checkpoint is of step {start}, beyond --max_steps {max_steps}: nothing to do")
 
@@ -703,7 +705,7 @@ def run_phase(config, device):
         return {"step": step, "best": best}
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
-    best_model = load_model(folder / "best.safetensors", device)
+    best_model = or_fail(load_model, folder / "best.safetensors", device)
     shown = run.main and config.phase != "pretrain"
     table = search.table(sys.modules[__name__], best_model, data, folder, run.log) if shown else {}
     agree(0, device)                                # the others wait for the samples
@@ -720,14 +722,16 @@ def settle(config, given):
     for name, least in low.items():
         if not least <= getattr(config, name) < (1 if name.endswith("dropout") else math.inf):
             fail(f"--{name} {getattr(config, name)}: must be {'above' if least else 'at least'} 0, a dropout below 1")
-    if config.top_k > config.experts or config.phase not in ("", "pretrain", "teacher", "student"):
-        fail(f"--phase {config.phase}: pretrain, teacher, student; --top_k {config.top_k}: not above --experts")
-    alone = not config.teacher and config.phase in ("teacher", "student")
-    if config.teacher and config.phase in ("pretrain", "teacher") or alone and (config.smiles or config.use_gradnorm):
-        fail("--teacher is for a student; --use_gradnorm needs one, and --smiles too unless with --phase pretrain")
-    files = ("init", config.init), ("smiles", config.smiles), *(("teacher", one) for one in config.teacher.split(","))
-    for flag, path in files:
-        given_file(flag, path)
+    if config.phase not in ("", "pretrain", "teacher", "student") or config.top_k > config.experts:
+        fail(f"--phase {config.phase}: pretrain, teacher or student; --top_k {config.top_k}: not above --experts")
+    taught, parts = config.teacher or not config.phase, (config.hard_weight, config.soft_weight, config.feature_weight)
+    useless = {"teacher": config.phase in ("pretrain", "teacher"), "smiles": not taught and config.phase != "pretrain",
+               "init": config.teacher or config.phase in ("pretrain", "student"),
+               "use_gradnorm": not taught or config.compile or 0 in parts}
+    for name in [name for name in useless if useless[name] and getattr(config, name)]:
+        fail(f"--{name}: not with this --phase; or there is no --teacher, a weight of 0, or --compile in its way")
+    given_file("init", config.init), given_file("smiles", config.smiles)
+    given_file("teacher", *config.teacher.split(","))
     return config
 
 

@@ -60,14 +60,15 @@ def demo_set(kind, name, device, *flags):
     agree(0, device)                                # the others wait
     return folder
 
-def given_file(flag, path):
-    """fail() unless path is empty, or is there and no pickle."""
-    if str(path).endswith((".pt", ".pth", ".bin", ".ckpt", ".pkl")):
-        fail(f"--{flag} {path}: a pickle may run code when it is loaded. Its tensors become safetensors by: python -c "
-             f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), "
-             f"'weights.safetensors')\"; whether they fit is another question: the script names what does not")
-    if path and not Path(path).is_file():
-        fail(f"--{flag} {path}: no such file" + "; a trained run has out/NAME/best.safetensors" * (flag != "smiles"))
+def given_file(flag, *paths):
+    """fail() unless each path is empty, or is there and no pickle."""
+    for path in paths:
+        if path.endswith((".pt", ".pth", ".bin", ".ckpt", ".pkl")):
+            fail(f"--{flag} {path}: a pickle may run code when it is loaded. Its tensors become safetensors by: python "
+                 f"-c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), "
+                 "'weights.safetensors')\"; whether they fit is another question: the script names what does not")
+        if path and not Path(path).is_file():
+            fail(f"--{flag} {path}: no such file" + "; a run has out/NAME/best.safetensors" * (flag != "smiles"))
 
 def or_fail(function, *arguments):
     """What the function returns; a ValueError of it ends in fail()."""

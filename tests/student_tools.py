@@ -132,9 +132,9 @@ def assert_same_run(folder, straight):
 
 
 # --------------------------------------------------------------------------------------------------- sample and rank
-LIST = ["CCO ethanol", "c1ccccc1  benzene, aromatic", "CC(C)=O", "no molecule", "", "[Na+].[Cl-] salt", "C1CC ring",
+LIST = ["CCO ethanol", "c1ccccc1  benzene, aromatic", "CC(C)=O", "no molecule", "", "CCC=O propanal", "C1CC ring",
         "CCCCCCCCCCCCCCCCCCCCCCCC tetracosane", "CCN(CC)CC", "C", "[He]"]
-GOOD = {"CCO": "ethanol", "c1ccccc1": "benzene, aromatic", "CC(C)=O": "CC(C)=O", "[Na+].[Cl-]": "salt",
+GOOD = {"CCO": "ethanol", "c1ccccc1": "benzene, aromatic", "CC(C)=O": "CC(C)=O", "CCC=O": "propanal",
         "CCN(CC)CC": "CCN(CC)CC", "C": "C", "[He]": "[He]"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rdkit import Chem
 
-from data.spectra import demo
+from data.spectra import demo, metrics
 from data.spectra.features import ECFP_BITS, fingerprint, nominal_mass
 from data.spectra.metrics import (COSINES, ceiling, describe, library_ranks, mirror, nearest, peak_overlap, recall,
                                   report, weigh)
@@ -531,3 +531,18 @@ def test_a_neighbour_is_no_replicate(library):
     replicate = describe(dense([*second.values()]), rows, data.spectra, data.mass)
     assert 0.1 < neighbour["weighted"] < 0.6 and 0.9 < replicate["weighted"] < 0.995
     assert neighbour["A R@1"] < 0.3 and replicate["A R@1"] > 0.9
+
+
+def test_a_prediction_of_nan_finds_nothing():
+    library = metrics.weigh(torch.eye(5)[1:].repeat_interleave(3, 0), 1, 0.5)
+    query = library[[0, 4]].clone()
+    query[1] = float("nan")
+    ranks = metrics.library_ranks(query, library, np.array([0, 4]), np.array([9, 9]), np.full(12, 9))
+    assert ranks.tolist() == [2.0, 6.5]
+
+
+def test_a_report_looks_at_so_many_molecules_and_no_more(monkeypatch, tmp_path):
+    data = Fake()
+    monkeypatch.setattr(metrics, "MOST", 2)
+    found = metrics.report(data, lambda rows: data.measured()[rows], "test", tmp_path, log=lambda line: None)
+    assert found["columns"]["model"]["n"] == 2 < len(data.rows["test"])

@@ -470,7 +470,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(taught):
         assert compute_loss(Says(y, h, p, load, usage=usage), batch, 0, config)[0] == loss
     config = dataclasses.replace(config, rank_weight=0.0, lds_sigma=1.5)
     other, parts = compute_loss(Says(y, h, p, load, usage=usage), batch, 0, config)
-    smooth = (1 - (weigh(y) * weigh(LDS(1.5)(target))).sum(1))[:3].sum() / 10             # the measured spectrum alone
+    smooth = weigh(LDS(1.5)(target ** 2).sqrt())     # of the measured spectrum alone
+    smooth = (1 - (weigh(y) * smooth).sum(1))[:3].sum() / 10
     wanted = total - 0.4 * ranked + (0.3 if taught else 1.0) * (smooth - hard)
     assert "rank" not in parts and float(other) == pytest.approx(float(wanted), rel=1e-4)
 

@@ -11,6 +11,8 @@ import torch
 from test_student import ODD, close, data, folder, model_of, molecules_of, settings, with_teacher  # noqa: F401
 
 import common
+import train_student
+from data.spectra import tables
 from data.spectra.features import ECFP_BITS, OFFSETS, featurise, fragments, join, mass_number, nominal_mass, read_smiles
 from data.spectra.tables import MASKED, Molecules, Ragged, read_folder, read_list, read_molecules
 from train_student import RIVALS, Config, evaluate, get_batch
@@ -311,3 +313,17 @@ def test_the_temperature_falls_along_a_cosine(data):
             wanted = 1 + 3 * (1 + math.cos(math.pi * min(1, step / length))) / 2
             assert get_batch(data, "train", step, config)["temperature"] == pytest.approx(wanted, rel=1e-9)
     assert (Config.temperature, Config.temperature_end) == (4.0, 1.0)
+
+
+def test_arrays_of_another_version_are_refused(folder, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "recipe", lambda: "another")
+    with pytest.raises(SystemExit):
+        train_student.load_data(train_student.Config(data_dir=str(folder)))
+    assert "made by another version of data/spectra/features.py" in capsys.readouterr().err
+
+
+def test_a_list_has_each_molecule_once_and_no_salts(tmp_path):
+    path = tmp_path / "list.smi"
+    path.write_text("\n".join(["OCC", "CCO ethanol", "CCN.Cl", *("C" * n for n in range(4, 30)), "C(CCC)"]))
+    data = read_list(path)
+    assert data.molecules.n == 27 and data.names[0] == ("", "OCC")

@@ -13,6 +13,7 @@ from data.molecules.metrics import table_lines
 COSINES = {"cosine": (0, 1), "weighted": (1, 0.5), "stein": (3, 0.6)}  # powers of m/z, intensity; Stein and Scott 1994
 TIE = 1e-6                                         # above float32 noise: one spectrum twice in a library is a tie
 WINDOW = 5                                         # Da
+MOST = 4096                                        # molecules of a split that a report looks at
 CEILING = 100                                      # molecules measured twice: of fewer there is no ceiling of a split
 
 
@@ -51,7 +52,7 @@ def library_ranks(queries, library, truth, query_mass, library_mass, window=None
             dropped = torch.as_tensor(drop)[part]
             cosine[place[0][dropped >= 0], dropped[dropped >= 0]] = -2
         cosine[place] = right[:, 0]
-        better, as_good = (cosine > right + TIE).sum(1), (cosine >= right - TIE).sum(1)
+        better, as_good = (cosine > right + TIE).sum(1), (~(cosine < right - TIE)).sum(1)    # NaN ties with all
         ranks[part] = (better + as_good + 1).numpy() / 2
     return ranks
 
@@ -141,6 +142,8 @@ def report(data, predict, split, folder, log=print, extra={}, stem="final", besi
     name. Writes eval.json and samples/<stem>.png in folder; the molecules of the picture are always the same."""
     rows, measured, mass, columns = data.rows[split], data.measured(), data.mass, {}
     folder = Path(folder)
+    if len(rows) > MOST:                            # of a large library searches would take hours
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST])
     if not len(rows):
         log(f"no {split} molecules to evaluate on")
         return {}

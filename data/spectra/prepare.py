@@ -34,7 +34,7 @@ from common import fail  # noqa: E402
 from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
 from data.molecules.prepare import in_order  # noqa: E402
 from data.spectra.demo import DEMO_RECIPE, DEMO_ROWS, write_demo  # noqa: E402
-from data.spectra.features import featurise, join, nominal_mass, read_smiles, split_of  # noqa: E402
+from data.spectra.features import featurise, join, nominal_mass, read_smiles, recipe, split_of  # noqa: E402
 from data.spectra.msp import Bad, Record, decode, nominal, read_lines, read_msp, to_bins  # noqa: E402
 
 CHUNK = 200                                        # records per job of a worker process
@@ -305,11 +305,6 @@ def summary(folder, meta, seconds):
     print(f"  notes       {listed(counts['notes'])}")
     if meta["licenses"]:
         print(f"  licenses    {listed(meta['licenses'])}: what is trained on these spectra is bound by them too")
-
-def recipe():
-    """What becomes of one molecule, as a hash: sets made by an older features.py are noticed by it."""
-    arrays = featurise(read_smiles("CC(=O)Nc1ccc(C#N)c(Br)c1C1CCCN1"))
-    return hashlib.sha1(b"".join(name.encode() + array.tobytes() for name, array in arrays.items())).hexdigest()[:12]
 
 def already_there(folder, sha256, settings):
     """True if the folder holds a whole set of this source and these options; fails if it holds something else."""

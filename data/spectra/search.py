@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import fail, launch
+from common import fail, finish, launch, rank
 from data.files import or_fail
 from data.spectra import metrics
 from data.spectra.features import featurise, join, read_smiles
@@ -46,6 +46,7 @@ class EvalFlags:
     run_name: str = ""  # whose best.safetensors
     out_dir: str = "out"  # where runs are
     data_dir: str = ""  # prepared data; empty: the run's own
+    split: str = "test"  # train, val or test
     beside: str = ""  # other runs to show beside it, as its teacher: names, separated by commas
     device: str = "auto"  # auto, cuda, mps, cpu
 
@@ -66,7 +67,7 @@ def speed(script, model, smiles):
     for size in (1, 256):
         some = (smiles * (size // len(smiles) + 1))[:max(size, min(len(smiles), 32))]
         times = []
-        for start in [0, *range(0, len(some) - size + 1, size)]:        # the first one warms up
+        for start in [0, *range(0, len(some) - size + 1, size), 0, 0]:  # the first one warms up
             since = time.perf_counter()
             made = [featurise(read_smiles(one), with_graph) for one in some[start:start + size]]
             script.predict(model, Molecules(join(made), model.about["bins"]), np.arange(size))
@@ -76,12 +77,12 @@ def speed(script, model, smiles):
     return found
 
 
-def table(script, model, data, folder, log=print, stem="final", beside={}):
-    """metrics.report of the test split (else val) -> its dict; with the time it takes and how experts are used."""
-    split = "test" if len(data.rows.get("test", [])) else "val"
+def table(script, model, data, folder, log=print, stem="final", beside={}, split="test"):
+    """metrics.report of a split (val if it is empty) -> its dict; with the time it takes and how experts are used."""
+    split = split if len(data.rows.get(split, [])) else "val"
     extra = speed(script, model, [data.smiles(row) for row in data.rows[split][:256]])
     if isinstance(model, script.Student):
-        extra |= {f"share of expert {i}": share for i, share in enumerate(model.usage.tolist())}
+        extra |= {f"share of expert {i}, in training": share for i, share in enumerate(model.usage.tolist())}
     ask = {name: lambda rows, one=one: script.predict(one, data.molecules, rows) for name, one in beside.items()}
     return metrics.report(data, lambda rows: script.predict(model, data.molecules, rows), split, folder, log, extra,
                           stem, ask)
@@ -93,13 +94,18 @@ def main_eval(script, argv):
     names = dict.fromkeys([flags.run_name, *filter(None, flags.beside.split(","))])
     models = {name: open_run(script, flags, name, device) for name in names}
     model = models[flags.run_name]
-    config = script.Config(**model.about["config"] | ({"data_dir": flags.data_dir} if flags.data_dir else {}))
+    given = {"smiles": ""} | ({"data_dir": flags.data_dir} if flags.data_dir else {})
+    config = script.Config(**model.about["config"] | given)
     data = script.load_data(config, device)
     for name, other in models.items():
         if other.about["bins"] != data.molecules.bins:
             fail(f"--data_dir {config.data_dir or '(demo)'}: its --max_mz is not that of {name}")
     del models[flags.run_name]
-    table(script, model, data, Path(flags.out_dir) / flags.run_name, stem="eval", beside=models)
+    if flags.split not in ("train", "val", "test") or {"model", "1-NN", "replicate"} & {*models}:
+        fail(f"--split {flags.split}: train, val or test; a run beside may not be called model, 1-NN or replicate")
+    if rank() == 0:
+        table(script, model, data, Path(flags.out_dir) / flags.run_name, print, "eval", models, flags.split)
+    finish()
 
 
 def candidates_in(path, flag, script, model):
@@ -123,16 +129,20 @@ def main_sample(script, argv):
     out, molecules = Path(flags.out), Molecules(join(made), model.about["bins"], device)
     if out.is_dir():
         fail(f"--out {out} is a folder: name a file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", encoding="utf-8") as file:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = open(out, "w", encoding="utf-8")
+    except OSError as error:
+        fail(f"--out {out} cannot be written: {error}")
+    with file:
         for rows in np.split(np.arange(len(made)), range(flags.batch_size, len(made), flags.batch_size)):
             for row, spectrum in zip(rows, script.predict(model, molecules, rows).numpy() * 999):
-                text, _, name = names[row].partition(" ")
+                text, *name = names[row].split(None, 1)
                 mz = np.flatnonzero(spectrum >= 0.999)
                 if not len(mz):
                     bad.append({"line": None, "reason": "no peak was predicted", "text": names[row][:80]})
                     continue
-                write_msp(file, {"Name": name.strip() or text, "SMILES": text, "MW": int(molecules.mass[row]),
+                write_msp(file, {"Name": (name or [text])[0], "SMILES": text, "MW": int(molecules.mass[row]),
                                  "Comments": f"predicted by {flags.run_name}"}, mz, spectrum[mz])
     written = len(made) - sum(row["line"] is None for row in bad)
     rejected = out.with_name(f"{out.stem}.rejected.jsonl")

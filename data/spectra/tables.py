@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from rdkit import Chem, rdBase
 
-from common import cast, fail
-from data.spectra.features import ECFP_BITS, N_FEATURES, block1_of, featurise, join, read_smiles
+from common import cast, fail, rank
+from data.spectra.features import ECFP_BITS, N_FEATURES, block1_of, featurise, join, read_smiles, recipe
 
 MASKED = 8  # the kind of a bond that is hidden; the others are 2 * type + whether it is in a ring
 
@@ -22,13 +23,14 @@ class Ragged:
 
     def take(self, rows):
         """rows (k,) int64 -> owner (n,) int64, which of the k an entry belongs to; begin (k,), each one's first entry;
-        and the entries of each column, on the device."""
+        and the entries of each column, on the device, integers as int64."""
         length = self.offsets[rows + 1] - self.offsets[rows]
         begin = np.cumsum(length) - length
         owner = np.repeat(np.arange(len(rows)), length)
         place = np.arange(len(owner)) + (self.offsets[rows] - begin)[owner]
         owner, begin, place = cast((owner, begin, place), self.device)
-        return owner, begin, *(column[place] for column in self.columns)
+        taken = [column[place] for column in self.columns]
+        return owner, begin, *(x if x.is_floating_point() else x.long() for x in taken)
 
     def with_more(self, other):
         """-> these rows and then the other's."""
@@ -43,17 +45,18 @@ class Molecules:
         self.n, self.bins, self.device = len(arrays["mass"]), bins, torch.device(device)
         self.mass = arrays["mass"].astype(np.int64)             # (n,) nominal mass
         self.on_device = cast(self.mass, self.device)
-        index, count = arrays["fp_index"].astype(np.int64), arrays["fp_count"].astype(np.float32)
+        index, count = arrays["fp_index"].astype(np.int16), arrays["fp_count"].astype(np.float32)
         value = np.where(index < ECFP_BITS, 1, np.log1p(count)).astype(np.float32)
         self.fingerprint = Ragged(arrays["fp_offsets"], index, value, device=device)
-        offsets, kind, mass = (arrays[f"fragment_{name}"].astype(np.int64) for name in ("offsets", "kind", "mass"))
+        offsets, kind, mass = (arrays[f"fragment_{name}"] for name in ("offsets", "kind", "mass"))
         self.fragments = Ragged(offsets, kind, mass, device=device)
         if "atoms" in arrays:
-            self.atoms = Ragged(arrays["atom_offsets"], arrays["atoms"].astype(np.int64), device=device)
-            self.bonds = Ragged(arrays["bond_offsets"], arrays["bonds"].astype(np.int64), device=device)
+            self.atoms = Ragged(arrays["atom_offsets"], arrays["atoms"], device=device)
+            self.bonds = Ragged(arrays["bond_offsets"], arrays["bonds"], device=device)
             nth = np.arange(len(kind)) - np.repeat(offsets[:-1], np.diff(offsets))      # in its molecule
-            members = np.repeat(nth, arrays["fragment_size"]), arrays["fragment_atoms"].astype(np.int64)
-            broken = np.repeat(nth, arrays["fragment_broken"]), arrays["broken_bonds"].astype(np.int64)
+            nth = nth.astype(np.int16)              # as small as may be: most of a data set's memory
+            members = np.repeat(nth, arrays["fragment_size"]), arrays["fragment_atoms"]
+            broken = np.repeat(nth, arrays["fragment_broken"]), arrays["broken_bonds"].astype(np.int16)
             self.members = Ragged(arrays["member_offsets"], *members, device=device)
             self.broken = Ragged(arrays["broken_offsets"], *broken, device=device)
 
@@ -135,10 +138,13 @@ class Data:
             if block1 and block1 not in known:
                 known.add(block1)
                 kept.append((one, (block1, name.split()[0])))
+        reasons = Counter(row["reason"] for row in bad)
+        reasons["known already, or without an InChIKey"] = len(made) - len(kept)
+        told = "; left out: " + (", ".join(f"{reason} {n:,}" for reason, n in reasons.items() if n) or "none")
         if not kept:
-            fail(f"--smiles {path}: none of its lines is a molecule that is new and light enough")
-        print(f"--smiles {path}: {len(kept):,} molecules, {len(made) + len(bad) - len(kept):,} lines left out",
-              flush=True)
+            fail(f"--smiles {path}: no molecule to add{told}")
+        if rank() == 0:
+            print(f"--smiles {path}: {len(kept):,} molecules{told}", flush=True)
         new, device = np.arange(len(kept)), self.molecules.device
         nothing = Ragged(np.zeros(len(kept) + 1, np.int64), *(x[:0] for x in self.peaks.columns), device=device)
         molecules = Molecules(join([one for one, _ in kept]), self.molecules.bins, device)
@@ -189,6 +195,8 @@ def read_molecules(path, with_graph=True, max_mass=math.inf):
             try:
                 with rdBase.BlockLogs():
                     same = Chem.MolToSmiles(read_smiles(line.split()[0]))       # as prepare.py reads it: any spelling
+                    if "." in same:
+                        raise ValueError("several components")
                     one = featurise(read_smiles(same), with_graph)
                 if one["mass"][0] > max_mass:
                     raise ValueError(f"heavier than {max_mass} Da")
@@ -202,9 +210,11 @@ def read_molecules(path, with_graph=True, max_mass=math.inf):
 def read_folder(folder, device="cpu"):
     """What prepare.py wrote -> Data. Raises OSError, ValueError, KeyError or IndexError for what is no such folder."""
     meta = json.loads((folder / "meta.json").read_text())
+    if meta["options"]["features"] != recipe():
+        raise ValueError("made by another version of data/spectra/features.py, to be made again with --force")
     array = {name: np.load(folder / f"{name}.npy") for name in meta["arrays"]}
     names = [tuple(line.split(",")) for line in (folder / "molecules.csv").read_text().splitlines()[1:]]
-    peaks = Ragged(array["peak_offsets"], array["peak_bin"].astype(np.int64), array["peak_value"], device=device)
+    peaks = Ragged(array["peak_offsets"], array["peak_bin"].astype(np.int32), array["peak_value"], device=device)
     molecule, split = array["molecule"].astype(np.int64), array["split"]
     rows, spectra = ({name: np.flatnonzero(of == i) for i, name in enumerate(meta["splits"])}
                      for of in (split, split[molecule]))
@@ -215,9 +225,13 @@ def read_folder(folder, device="cpu"):
 def read_list(path, device="cpu"):
     """A SMILES per line -> Data without spectra, to learn from molecules alone; every tenth one is for validation."""
     made, names, bad = read_molecules(path)
+    block1s = [block1_of(name.split()[0]) for name in names]
+    first = sorted({block1: i for i, block1 in reversed([*enumerate(block1s)])}.values())    # of a molecule, no twice
+    made, names = [made[i] for i in first], [names[i] for i in first]
     if len(made) < 20:
         fail(f"{path}: {len(made)} molecules that RDKit can read, {len(bad)} that it cannot; 20 are needed")
-    print(f"{path}: {len(made):,} molecules, {len(bad):,} lines left out", flush=True)
+    if rank() == 0:
+        print(f"{path}: {len(made):,} molecules, {len(bad):,} lines left out", flush=True)
     rows = {"train": np.flatnonzero(np.arange(len(made)) % 10), "val": np.arange(0, len(made), 10)}
     names, every = [("", name.split()[0]) for name in names], np.arange(len(made))
     return Data({}, Molecules(join(made), 1, device), every, None, rows, rows, every, names)
