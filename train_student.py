@@ -18,7 +18,7 @@ Head: peaks counted from 0, peaks counted from M + 5 downwards, a gate between t
 Teacher: atoms (A, G) -> GINE layers -> fragments' scores; pooled, with the fingerprint -> trunk -> the same head
 
 What used to break here                                       and what stops it
-  a head that knows no mass: library R@10 .33 in place of .81   Head counts from the molecular mass too
+  a head that knows no mass: library R@10 .3 in place of .8     Head counts from the molecular mass too
   a soft loss in which the temperature cancels out              T^2 KL(p || q) of tempered spectra, in float32
   balancing bias ignored, or moved by a skipped batch           Student.follow: torch.where(bad, old, new)
   GradNorm on unweighted norms, weights run away                weighted norms, weights clamped
