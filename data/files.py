@@ -1,11 +1,19 @@
-"""What each data set needs: progress, checksums, a folder that appears only when it is complete, the demo set."""
+"""What each data set needs: lines, workers, progress, checksums, folders that are whole, the demo set, given files."""
 import contextlib
+import gzip
 import hashlib
+import io
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from common import agree, fail, rank
@@ -23,6 +31,47 @@ def with_progress(items, total, unit):
             print(f"{text}\033[K" if terminal else text, end="\r" if terminal else "\n", flush=True)
     if terminal:
         print("\033[K", end="", flush=True)
+
+def raw_lines(path, most):
+    """Yield (line number, bytes without the line end) of a plain or gzipped file, or of standard input for "-"; fails
+    on damaged gzip data. Of a line at most `most` + 2 bytes are kept and the rest is skipped: an endless one costs no
+    memory, and one that is too long can be told."""
+    number = 0
+    try:
+        with sys.stdin.buffer if str(path) == "-" else open(path, "rb") as raw:
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"                  # the content decides, not the name
+            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
+            while line := file.readline(most + 2):
+                number += 1
+                rest = line
+                while rest and not rest.endswith(b"\n"):
+                    rest = file.readline(1 << 20)
+                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        fail(f"{path}: the gzip data is cut off or damaged after line {number:,} ({error}): get the file again")
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror or error}")
+
+def in_order(function, jobs, workers):
+    """Yield function(job) for each job, in their order, from `workers` processes; few jobs are under way at once."""
+    if workers == 1:
+        yield from map(function, jobs)
+        return
+    method = "fork" if sys.platform == "linux" else None             # elsewhere the platform's own default
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method),
+                               signal.signal, (signal.SIGINT, signal.SIG_IGN))      # Ctrl-C is for the main process
+    waiting = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        fail("a worker process died (out of memory?): try again with --workers 1")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 def file_sha256(path):
     try:

@@ -14,9 +14,7 @@ gzipped. What is left out is counted by reason and listed in rejected.jsonl. dat
 import argparse
 import csv
 import functools
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -25,7 +23,6 @@ import random
 import re
 import sys
 import time
-import zlib
 from array import array
 from collections import Counter, deque
 from datetime import datetime, timezone
@@ -36,7 +33,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fail  # noqa: E402
-from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
+from data.files import file_sha256, raw_lines, whole_folder, with_progress  # noqa: E402
 from data.logs.demo import (DEMO_EVENTS, DEMO_FLAGS, DEMO_KINDS, DEMO_NEW, DEMO_RECIPE, DEMO_SESSIONS,  # noqa: E402
                             write_log)
 
@@ -84,26 +81,12 @@ class Session(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------ reading a file
 def read_lines(path):
-    """Yield (line number, bytes without the line end) of a plain or gzipped file, or of standard input for "-".
-
-    Of a line at most MAX_LINE + 2 bytes are kept: an endless line costs no memory."""
+    """Yield (line number, bytes without the line end) of a file that must hold text, as raw_lines does."""
     number = 0
-    try:
-        with sys.stdin.buffer if str(path) == "-" else open(path, "rb") as raw:
-            zipped = raw.peek(2)[:2] == b"\x1f\x8b"                  # the content decides, not the name
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
-            while line := file.readline(MAX_LINE + 2):
-                number += 1
-                rest = line
-                while rest and not rest.endswith(b"\n"):
-                    rest = file.readline(1 << 20)
-                if number <= 20 and b"\0" in line:
-                    fail(f"{path}: line {number} contains NUL bytes, so this is no UTF-8 text file")
-                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        fail(f"{path}: the gzip data is cut off or damaged after line {number:,} ({error}): get the file again")
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror or error}")
+    for number, line in raw_lines(path, MAX_LINE):
+        if number <= 20 and b"\0" in line:
+            fail(f"{path}: line {number} contains NUL bytes, so this is no UTF-8 text file")
+        yield number, line
     if not number:
         fail(f"{path} is empty")
 

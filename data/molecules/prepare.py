@@ -13,27 +13,20 @@ data/README.md describes the arrays.
 import argparse
 import csv
 import functools
-import gzip
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
 import time
 import urllib.parse
 import urllib.request
-import zlib
 from array import array
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +37,7 @@ from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fail  # noqa: E402
-from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
+from data.files import file_sha256, in_order, raw_lines, whole_folder, with_progress  # noqa: E402
 from data.molecules.metrics import PROPERTIES, murcko, sascorer  # noqa: E402
 from train_edl import SPECIALS, tokenize  # noqa: E402
 
@@ -73,26 +66,7 @@ class Kept(NamedTuple):
     props: list[float]
 
 # ------------------------------------------------------------------------------------------------------ reading a file
-def read_lines(path):
-    """Yield (line number, bytes without the line end) of a plain or gzipped file; fails on damaged gzip data.
-
-    Of a line at most MAX_LINE + 2 bytes are kept and the rest is skipped, so that an endless line costs no memory.
-    """
-    number = 0
-    try:
-        with open(path, "rb") as raw:
-            zipped = raw.peek(2)[:2] == b"\x1f\x8b"                  # the content decides, not the name
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
-            while line := file.readline(MAX_LINE + 2):
-                number += 1
-                rest = line
-                while rest and not rest.endswith(b"\n"):
-                    rest = file.readline(1 << 20)
-                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        fail(f"{path}: the gzip data is cut off or damaged after line {number:,} ({error}): get the file again")
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror or error}")
+read_lines = functools.partial(raw_lines, most=MAX_LINE)
 
 def base_name(name):
     """The lower-case file name without .gz; fails unless its extension is a known one."""
@@ -219,27 +193,6 @@ def read_chunk(rows, options):
             except (RuntimeError, ValueError, ArithmeticError) as error:     # one strange molecule must not end the run
                 results.append(Rejected(row.line, "RDKit error", row.smiles, str(error)))
     return results
-
-def in_order(function, jobs, workers):
-    """Yield function(job) for each job, in their order, from `workers` processes; few jobs are under way at once."""
-    if workers == 1:
-        yield from map(function, jobs)
-        return
-    method = "fork" if sys.platform == "linux" else None             # elsewhere the platform's own default
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method),
-                               signal.signal, (signal.SIGINT, signal.SIG_IGN))      # Ctrl-C is for the main process
-    waiting = deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        fail("a worker process died (out of memory?): try again with --workers 1")
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 # -------------------------------------------------------------------------------- all rows: columns, vocabulary, splits
 def collect(results, options):

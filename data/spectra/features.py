@@ -38,7 +38,7 @@ def nominal_mass(molecule):
 def fingerprint(molecule):
     """-> index (nnz,) uint16 in 0 ... N_FEATURES - 1, sorted, and count (nnz,) uint8, at least 1.
 
-    First ECFP4 (Morgan, radius 2) as bits, then Morgan counts; features() turns both into what a model reads."""
+    First ECFP4 (Morgan, radius 2) as bits, then Morgan counts; tables.Molecules makes log1p of these."""
     bits = np.array(_ecfp.GetFingerprint(molecule).GetOnBits(), np.uint16)
     counts = sorted(_counts.GetCountFingerprint(molecule).GetNonzeroElements().items())
     index, count = np.array(counts, np.int64).reshape(-1, 2).T
@@ -98,8 +98,8 @@ def fragments(molecule, limit=128):
     for ring in rings.AtomRings():
         if len(ring) > 8:
             continue
-        ring_set, left, hanging = sum(1 << i for i in ring), whole, []
-        left &= ~ring_set
+        ring_set, hanging = sum(1 << i for i in ring), []
+        left = whole & ~ring_set
         while left:
             part = reach(left & -left, left)
             left &= ~part

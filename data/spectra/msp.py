@@ -4,16 +4,14 @@ A record is opened by `Name:`; `Key: value` lines follow, then peaks, one per li
 line closes it. What cannot be read as it stands makes the whole record a Bad one: a spectrum that lost peaks would
 still look like a spectrum.
 """
-import gzip
-import io
 import re
-import zlib
 from array import array
 from typing import NamedTuple
 
 import numpy as np
 
 from common import fail
+from data.files import raw_lines
 
 MAX_LINE = 1_000_000                               # bytes; of a longer line no more is read
 KEY = re.compile(r'\s*([^\s\d.(+"-][^:]{0,99}?)\s*:\s*(.*)', re.S)
@@ -33,30 +31,15 @@ class Bad(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def read_lines(path):
-    """Yield (line number, bytes without the line end) of a plain or gzipped file; fails on damaged gzip data.
-
-    Of a line at most MAX_LINE + 2 bytes are kept and the rest is skipped, so that an endless line costs no memory."""
-    number = 0
-    try:
-        with open(path, "rb") as raw:
-            zipped = raw.peek(2)[:2] == b"\x1f\x8b"                  # the content decides, not the name
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
-            while line := file.readline(MAX_LINE + 2):
-                number += 1
-                rest = line
-                while rest and not rest.endswith(b"\n"):
-                    rest = file.readline(1 << 20)
-                if number == 1 and line.startswith(b"version https://git-lfs"):
-                    fail(f"{path} is a Git-LFS pointer, not the data: run `git lfs pull` where it was cloned")
-                if number == 1 and b"\r" in line.rstrip(b"\r\n"):
-                    fail(f"{path}: its lines end in lone carriage returns; convert them to newlines (tr '\\r' '\\n')")
-                if number <= 20 and b"\0" in line:
-                    fail(f"{path}: line {number} contains NUL bytes, so this is no UTF-8 text file")
-                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        fail(f"{path}: the gzip data is cut off or damaged after line {number:,} ({error}): get the file again")
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror or error}")
+    """Yield (line number, bytes without the line end) of a file that must hold text, as raw_lines does."""
+    for number, line in raw_lines(path, MAX_LINE):
+        if number == 1 and line.startswith(b"version https://git-lfs"):
+            fail(f"{path} is a Git-LFS pointer, not the data: run `git lfs pull` where it was cloned")
+        if number == 1 and b"\r" in line:
+            fail(f"{path}: its lines end in lone carriage returns; convert them to newlines (tr '\\r' '\\n')")
+        if number <= 20 and b"\0" in line:
+            fail(f"{path}: line {number} contains NUL bytes, so this is no UTF-8 text file")
+        yield number, line
 
 def decode(line):
     """bytes -> str: UTF-8, or Latin-1 where it is not, as in many old libraries."""

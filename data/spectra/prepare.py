@@ -31,8 +31,7 @@ from rdkit import Chem, rdBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fail  # noqa: E402
-from data.files import file_sha256, whole_folder, with_progress  # noqa: E402
-from data.molecules.prepare import in_order  # noqa: E402
+from data.files import file_sha256, in_order, whole_folder, with_progress  # noqa: E402
 from data.spectra.demo import DEMO_RECIPE, DEMO_ROWS, write_demo  # noqa: E402
 from data.spectra.features import featurise, join, nominal_mass, read_smiles, recipe, split_of  # noqa: E402
 from data.spectra.msp import Bad, Record, decode, nominal, read_lines, read_msp, to_bins  # noqa: E402
