@@ -293,9 +293,11 @@ class Guard:
         self.skips[cause] += 1
         self.in_a_row += int(counted)
         total = sum(self.skips.values()) - self.skips["float16 overflow"]
+        parts = [name for name, column in zip(self.names, row[:, PARTS:].T) if not np.isfinite(column).all()]
+        told = ", ".join([cause, *parts])           # the parts in the order in which the loss made them
         value, where = (row[ranks[0], LOSS], f"BEFORE backward: loss of rank(s) {ranks}") if ranks else \
             (row[0, NORM], "AFTER backward: gradient norm")
-        self.log(f"step {step}: {'NaN' if math.isnan(value) else 'Inf'} detected {where} is {value} ({cause}); "
+        self.log(f"step {step}: {'NaN' if math.isnan(value) else 'Inf'} detected {where} is {value} ({told}); "
                  f"step skipped, {self.in_a_row} in a row, {total} in total")
         if counted and self.examine:
             self.examine, examine = None, self.examine
@@ -303,7 +305,7 @@ class Guard:
             self.output = self.nothing              # the replay's was looked at too
         good = "none of it touched the weights"
         if counted and self.policy == "stop":
-            raise NonFinite(f"non-finite {cause} at step {step}, {value}; {damage or good}", step, intact=not damage)
+            raise NonFinite(f"non-finite {told} at step {step}, {value}; {damage or good}", step, intact=not damage)
         if self.in_a_row > self.max_skips or total > max(self.max_skips, 0.01 * self.seen):
             raise NonFinite(f"{self.in_a_row} non-finite steps in a row, {total} of {self.seen} in total {self.skips}; "
                             f"{damage or good}", self.after, intact=not damage)

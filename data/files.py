@@ -101,11 +101,17 @@ def whole_folder(folder):
 def demo_set(kind, name, device, *flags):
     """The folder data/kind/name, for a script that was given no data; rank 0 builds it if it is not there yet."""
     folder = Path(__file__).parent / kind / name
-    if rank() == 0 and not (folder / "meta.json").exists():
-        command = [sys.executable, str(folder.with_name("prepare.py")), "--demo", "--name", name, *flags]
-        print(f"no --data_dir, so building a demo set, once: python {' '.join(command[1:])}", flush=True)
+    there = (folder / "meta.json").exists()
+    return made_set(kind, name, device, "--demo", *flags, why="no --data_dir, so building a demo set, once", skip=there)
+
+def made_set(kind, name, device, *flags, why="preparing the data, once for each file and tokenizer", skip=False):
+    """The folder data/kind/name, which rank 0 has prepare.py make with these flags."""
+    folder = Path(__file__).parent / kind / name
+    if rank() == 0 and not skip:
+        command = [sys.executable, str(folder.with_name("prepare.py")), *flags, "--name", name]
+        print(f"{why}: python {' '.join(command[1:])}", flush=True)
         if subprocess.run(command).returncode:
-            fail("the demo set could not be built, see above")
+            fail("the data set could not be built, see above")
     agree(0, device)                                # the others wait
     return folder
 

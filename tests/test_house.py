@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import train_distill
 import train_edl
 import train_logbert
 import train_student
@@ -12,15 +13,18 @@ from data.logs import prepare as prepare_logs
 from data.molecules import prepare as prepare_molecules
 from data.spectra import prepare as prepare_spectra
 from data.spectra import search
+from data.text import prepare as prepare_text
+from data.text import report
 from runs import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"out", "venv", ".venv"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not ELSEWHERE & set(path.relative_to(ROOT).parts))
-SCRIPTS = {"train_edl.py": train_edl, "train_logbert.py": train_logbert, "train_student.py": train_student}
-PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/logs/prepare.py": prepare_logs,
-           "data/spectra/prepare.py": prepare_spectra}
-VERBS = {"train_student.py": search}                # where the flags of a script's verbs are, if not in the script
+SCRIPTS = {"train_edl.py": train_edl, "train_student.py": train_student, "train_distill.py": train_distill,
+           "train_logbert.py": train_logbert}
+PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/spectra/prepare.py": prepare_spectra,
+           "data/text/prepare.py": prepare_text, "data/logs/prepare.py": prepare_logs}
+VERBS = {"train_student.py": search, "train_distill.py": report}    # where the flags of a script's verbs are, if not in the script
 BUDGET = dict.fromkeys(SCRIPTS, 750) | {"common.py": 350, "runs.py": 350, "autopsy.py": 220}
 
 

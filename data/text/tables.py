@@ -1,0 +1,86 @@
+"""Prepared text as tensors: all rows in one table of token ids, batches of any rows of it."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cast, rank
+from data.text.tokens import load_tokenizer
+
+TAUGHT = ("top", "log_p", "tail", "teacher_ce", "teacher_logits")       # what a cache holds of each position
+
+
+@dataclass(eq=False)
+class Data:
+    """All rows as one table of token ids: instruction, response, end. Position t of a row asks for its token t + 1."""
+    table: torch.Tensor  # (all tokens,) int32, on the device
+    start: np.ndarray  # (rows,) int64, where a row begins in the table
+    length: np.ndarray  # (rows,) int64, positions of a row
+    first: np.ndarray  # (rows,) int64, the first position that is supervised
+    rows: dict  # split -> (rows of the split,) int64
+    vocab: int  # ids that both tokenizers can emit
+    tokenizer: object  # the student's
+    folder: Path  # where the data lie
+    cache: dict | None = None  # what the teacher said at the train split's supervised positions, see cached_teacher
+
+    @property
+    def asked(self):
+        """Supervised positions of each row, (rows,) int64."""
+        return self.length - self.first
+
+
+def read_folder(folder, max_length, train_on_prompt, device):
+    """A folder by prepare.py -> Data. Raises ValueError that says what is wrong with it."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens, offsets, prompt, split = (np.load(folder / f"{name}.npy") for name in (
+            "tokens", "offsets", "prompt", "split"))
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"--data_dir {folder}: {error}; make one with python data/text/prepare.py --input FILE "
+                         "--name N") from None
+    length = np.minimum(np.diff(offsets), max_length) - 1
+    first = np.maximum(prompt.astype(np.int64) - 1, 0)
+    full, cut = first >= length, np.diff(offsets) > max_length
+    if rank() == 0 and (full.any() or cut.any()):
+        print(f"{folder}: {full.sum():,} rows left out, their prompts fill --max_length {max_length}; "
+              f"{(cut & ~full).sum():,} rows cut to it", flush=True)
+    rows = {name: np.flatnonzero((split == i) & ~full) for i, name in enumerate(meta["splits"])}
+    if not len(rows.get("train", [])) or not len(rows.get("val", [])):
+        raise ValueError(f"--data_dir {folder}: no rows in the train or the val split")
+    first = np.zeros_like(first) if train_on_prompt else first
+    return Data(torch.from_numpy(tokens.astype(np.int32)).to(device), offsets[:-1], length, first, rows,
+                tokenizer.size, tokenizer, folder)
+
+
+def get_rows(data, rows, length=0, everywhere=False):
+    """-> dict on the table's device: tokens (B, T) int64, T the longest row's positions or `length`; place (N,) int64,
+    which of the B T positions are supervised (everywhere: all of them, for batchmean); targets (N,) int64; asked (N,)
+    float32, 1 if supervised; and, where the teacher is cached, what it said at each of the N."""
+    device, start, end, first = data.table.device, data.start[rows], data.length[rows], data.first[rows]
+    T = max(length, int(end.max()))
+    begin, stop = (0 * first, 0 * end + T) if everywhere else (first, end)
+    n = stop - begin
+    row = np.repeat(np.arange(len(rows)), n)        # of each of the N; all this on the host, so that nothing waits
+    t = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + begin[row]
+    asked = ((t >= first[row]) & (t < end[row])).astype(np.float32)
+    token = start[:, None] + np.minimum(np.arange(T), end[:, None] - 1)         # pads repeat a row's last token
+    target = start[row] + np.minimum(t, end[row] - 1) + 1
+    batch = {"tokens": data.table[cast(token, device)].long(), "targets": data.table[cast(target, device)].long(),
+             "place": cast(row * T + t, device), "asked": cast(asked, device)}
+    if data.cache and not everywhere:
+        spot = data.cache["begin"][rows][row] + t - first[row]
+        batch |= {name: cast(data.cache[name][spot], device) for name in TAUGHT}
+    return batch
+
+
+def packed(data, rows, most=8192):
+    """Rows in batches of similar length, of at most so many positions each."""
+    rows, batches = rows[np.argsort(data.length[rows], kind="stable")[::-1]], []
+    while len(rows):
+        n = max(1, most // int(data.length[rows[0]]))
+        batches.append(rows[:n])
+        rows = rows[n:]
+    return batches
