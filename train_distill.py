@@ -148,6 +148,8 @@ def load_data(config, device="cpu"):
             fail(f"--data_dir {folder} was prepared with another tokenizer than {holder}'s: make it again with "
                  f"python data/text/prepare.py --input FILE --name N --tokenizer {holder}")
         data.vocab = min(data.vocab, or_fail(shared_size, other, data.tokenizer, (holder, str(folder))))
+    if int(data.table.max()) >= data.vocab:
+        fail(f"--data_dir {folder}: id {int(data.table.max()):,} is in its rows, the models share {data.vocab:,} ids")
     return data
 
 

@@ -39,7 +39,6 @@ PREFIX = {"gpt2": "transformer.", "llama": "model."}             # which a model
 FLOATS = {"F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16}
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")       # stored by old versions, made anew by all
 UNQUANTISED = "quantised weights are not supported; use the model as it was before, in float32, bfloat16 or float16"
-
 SMALL = LLAMA | {"model_type": "llama", "num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": None,
                  "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}   # the tokenizer's to fill in
 SIZES = {"tiny": SMALL | dict(hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=176),
