@@ -6,9 +6,10 @@ python bench.py guard "logbert train"                 # the rows whose names hol
 python bench.py --full                                # 15 pairs of runs instead of 5
 python bench.py --molecules data/molecules/moses      # train_edl's rows on a prepared set
 python bench.py --spectra data/spectra/massbank       # train_student's rows on a prepared set
+python bench.py --text data/text/mine                 # train_distill's rows on a prepared set
 python bench.py --gpu                                 # the same rows on cuda
 python bench.py --gpu --dry_run                       # does it all run? tiny, in seconds, without a GPU too
-pip install transformers drain3 torch_geometric       # the peers; without one, its row has no ratio and says so
+pip install transformers accelerate drain3 torch_geometric      # the peers; a row without its own says so, no ratio
 
 A row times a piece of our work, then one of the peer's, ours again ..., after one untimed piece of each. A ratio is
 made of neighbours only, so that what else the machine does falls on both; its median stands before its range over the
@@ -17,6 +18,7 @@ pairs, and a rate is a median too. Whoever adds a row writes a function and give
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -42,6 +44,7 @@ import torch.nn.functional as F  # noqa: E402
 from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
+import train_distill as distill  # noqa: E402
 import train_edl as edl  # noqa: E402
 import train_logbert as logbert  # noqa: E402
 import train_student as student  # noqa: E402
@@ -50,6 +53,8 @@ from common import (RING, Guard, autocast, every, fail, finish, launch, pick_dty
 from data.logs.prepare import LogReader  # noqa: E402
 from data.spectra import features  # noqa: E402
 from data.spectra.tables import Molecules  # noqa: E402
+from data.text.cache import cached_teacher  # noqa: E402
+from data.text.tables import Data  # noqa: E402
 
 IGNORE = -100                                       # transformers' label of what is not asked
 
@@ -126,17 +131,20 @@ def new_model(script, config, data, device):
     torch.manual_seed(config.seed)
     return (script.MolGPT(config, data.vocab, data.block) if script is edl else
             script.LogBERT(config, data.about) if script is logbert else
-            script.build_model(config, data.molecules.bins)).to(device)
+            script.build_model(config, data.vocab if script is distill else data.molecules.bins)).to(device)
 
-def our_steps(script, device, config, steps, guarded=True, model=None):
+FIRST = 5                                           # the step a side begins with: those before, train_distill prints
+
+def our_steps(script, device, config, steps, guarded=True, model=None, data=None):
     """-> a side: `steps` optimizer steps as the script takes them; guarded=False: and nothing looks at them."""
-    data = script.load_data(config, device)         # each side its own, or one would find what the other has sorted
+    # each side its own, or one would find what the other has sorted
+    data = copy.copy(data) if data else script.load_data(config, device)
     model = wrap_ddp(new_model(script, config, data, device) if model is None else model, device).train()
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
                                   weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
     guard = Guard(model, optimizer, config.grad_clip) if guarded else None
-    dtype, turns, good = pick_dtype(config.dtype, device)[0], itertools.count(), torch.zeros((), device=device)
+    dtype, turns, good = pick_dtype(config.dtype, device)[0], itertools.count(FIRST), torch.zeros((), device=device)
     follow = getattr(unwrap(model), "follow", lambda bad: None)     # it moves what no gradient moves
 
     def side():
@@ -161,8 +169,8 @@ def our_steps(script, device, config, steps, guarded=True, model=None):
         return steps * config.batch_size
     return side
 
-def guard_cost(device, pairs, config, script, unit, steps=4, turns=30):
-    sides = [our_steps(script, device, config, steps, guarded) for guarded in (True, False)]
+def guard_cost(device, pairs, config, script, unit, steps=4, turns=30, data=None):
+    sides = [our_steps(script, device, config, steps, guarded, data=data) for guarded in (True, False)]
     return Row(unit, "<= +1 %", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
                "the whole step with the guard; with backward, clip_grad_norm_ and the same fused AdamW alone", True)
 
@@ -236,14 +244,18 @@ class NextTokens(list):
         ids = super().__getitem__(i).tolist()
         return ids[:-1], ids[1:]
 
-def utilization(config, data, rate, device):
-    """What else is known of a GPU that trains on so many molecules/s."""
+def mfu(flops, device):
+    """So many FLOP/s as a share of the device's, - where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((peak for known, peak in PEAKS.items() if re.search(known, name)), None)
+    return f"MFU {f'{flops / peak:.1%}' if peak else '-'}"
+
+def utilization(config, data, rate, device):
+    """What else is known of a GPU that trains on so many molecules/s."""
     size = sum(p.numel() for p in new_model(edl, config, data, device).parameters())
     flops = 6 * size * rate * data.length[data.rows["train"]].mean()
-    return (f"; MFU {f'{flops / peak:.1%}' if peak else '-'} (6 x {size:,} parameters x tokens/s); computed: "
-            f"{MOSES / rate:,.0f} s for {MOSES:,} molecules")
+    return (f"; {mfu(flops, device)} (6 x {size:,} parameters x tokens/s); computed: {MOSES / rate:,.0f} s for {MOSES:,} "
+            "molecules")
 
 def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
     transformers, data = peer("transformers"), edl.load_data(config, device)
@@ -295,7 +307,7 @@ def two_workers(device, config, steps):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         about = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-    command = [sys.executable, __file__, "--worker", json.dumps([device.type, vars(config), steps])]
+    command = [sys.executable, __file__, "--worker", json.dumps(["steps", device.type, vars(config), steps])]
     workers = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
                                 | about | dict(OMP_NUM_THREADS="1", RANK=str(i), LOCAL_RANK=str(i))) for i in range(2)]
 
@@ -531,6 +543,189 @@ def student_gine(device, pairs, config, n=64, steps=4, turns=5):
                peak_memory(device, sides), f"forward and backward of the atoms of {n} molecules, {config.gnn_layers} "
                f"layers of {config.gnn_width}; torch_geometric GINEConv with the same norms, residuals and weights")
 
+# ---------------------------------------------------------------------------------------------------- train_distill
+GPT2S = {"dry": ((16, 1, 2), (32, 2, 2)), "cpu": ((256, 4, 4), (384, 6, 6)),     # width, layers, heads of the student
+         "cuda": ((768, 12, 12), (1280, 36, 20))}   # and of its teacher; GPT-2 and GPT-2 large
+
+def random_rows(config, device, vocab, n=64):
+    """Rows of random tokens that fill max_length, the whole of them supervised -> Data"""
+    length, rows = config.max_length, np.arange(n)
+    table = torch.from_numpy(np.random.default_rng(0).integers(vocab, size=n * length, dtype=np.int32)).to(device)
+    return Data(table, rows * length, np.full(n, length - 1), np.zeros(n, np.int64), {"train": rows}, vocab, None, None)
+
+@contextlib.contextmanager
+def distill_setting(device, config, full=False, most=0):
+    """-> the rows (at most so many), and the Config of a GPT-2 and its teacher of random weights in two folders, with
+    GPT-2's 50257 ids however few the rows have."""
+    vocab = 1000 if config.dry_run else 50257
+    own = dataclasses.replace(config, student="tiny", teacher="")   # a set's tokenizer is not that of random models
+    data = random_rows(config, device, vocab) if full else distill.load_data(own, device)
+    rows = np.random.default_rng(0).permutation(data.rows["train"])
+    data = dataclasses.replace(data, vocab=max(vocab, data.vocab), rows={"train": rows[:most or None]})
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (width, layers, heads) in zip(("student", "teacher"), GPT2S["dry" if config.dry_run else device.type]):
+            torch.manual_seed(len(name))
+            distill.save_hf(distill.Decoder({
+                "model_type": "gpt2", "vocab_size": data.vocab, "n_positions": config.max_length, "n_embd": width,
+                "n_layer": layers, "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+                f"{folder}/{name}")
+        yield data, dataclasses.replace(config, student=f"{folder}/student", teacher=f"{folder}/teacher")
+
+def original_loss(logits, teacher_logits, ce, config):
+    """As one writes it first: the divergence is a sum over tokens and pads, divided by rows."""
+    T = config.temperature
+    kd = F.kl_div(F.log_softmax(logits / T, dim=-1), F.softmax(teacher_logits / T, dim=-1), reduction="batchmean")
+    return config.alpha * kd * T ** 2 + (1 - config.alpha) * ce
+
+def labelled(data, rows):
+    """Their tokens and, where they are supervised, labels, as transformers' models shift them -> list of two lists."""
+    tokens = [data.table[start:start + n + 1].tolist() for start, n in zip(data.start[rows], data.length[rows])]
+    return [(ids, [IGNORE] * (first + 1) + ids[first + 1:]) for ids, first in zip(tokens, data.first[rows].tolist())]
+
+def taken(data, step, config):
+    """The rows that get_batch takes at a step, (batch_size,)."""
+    windows = functools.partial(distill.bucketed_rows, data, "train", config.batch_size, config.seed)
+    size = len(windows(0))
+    return windows(step // size)[step % size]
+
+def trainer_steps(device, config, data, steps, length=0):
+    """-> a side: `steps` optimizer steps on our batches, padded to length, or to their longest, of transformers' Trainer
+    with original_loss; and a list of which share of a piece was over when its first loss was asked for."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    model, teacher = (transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
+                      for folder in (config.student, config.teacher))
+    teacher.eval().requires_grad_(False)
+    data, dtype, turns = copy.copy(data), pick_dtype(config.dtype, device)[0], itertools.count(FIRST)
+    began, startup = [], []
+
+    class Distiller(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            began.append(time.perf_counter())
+            outputs = model(**inputs)
+            with torch.no_grad(), autocast(device, dtype):
+                taught = teacher(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            return original_loss(outputs.logits, taught.logits, outputs.loss, config)
+
+    def collate(rows):
+        tokens, labels = padded(rows, length, 0)
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([[len(ids)] for ids, _ in rows])
+        return {"input_ids": tokens, "labels": labels, "attention_mask": mask.long()}
+
+    arguments = transformers.TrainingArguments(
+        str(Path(config.student).with_name("trainer")), per_device_train_batch_size=config.batch_size, max_steps=steps,
+        learning_rate=config.learning_rate, max_grad_norm=config.grad_clip, bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu", train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[],
+        disable_tqdm=True, save_strategy="no", logging_strategy="no")
+    if device.type == "cuda":
+        assert arguments.n_gpu
+        arguments._n_gpu = 1                        # or it would take all GPUs of the machine
+    trainer = Distiller(model, arguments, collate)
+    trainer.remove_callback(transformers.PrinterCallback)
+
+    def side():
+        start, _ = time.perf_counter(), began.clear()
+        trainer.train_dataset = [row for step in itertools.islice(turns, steps)
+                                 for row in labelled(data, taken(data, step, config))]
+        trainer.train()
+        startup.append((began[0] - start) / (time.perf_counter() - start))
+        return steps * config.batch_size
+    return side, startup
+
+def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached=False, full=None):
+    full = device.type == "cuda" and not longest if full is None else full      # a GPU's MFU is that of full rows
+    length, there = 0 if longest else config.max_length, peer("transformers") and peer("accelerate")
+    with distill_setting(device, config, full, 96 * cached) as (data, config):
+        data.folder, online = Path(config.student).parent, our_steps(distill, device, config, steps, data=data)
+        sides, startup, extra, what = [online], [], [], ""
+        if cached:
+            about = dataclasses.replace(config, cache_teacher=64)
+            made = dataclasses.replace(data, cache=cached_teacher(distill, about, data))
+            sides, extra, what = [our_steps(distill, device, about, steps, data=made)], [online], "ours asking it"
+        elif longest:
+            every_one = dataclasses.replace(data, first=0 * data.first)
+            extra, what = [our_steps(distill, device, config, steps, data=every_one)], "ours with --train_on_prompt"
+        if there:
+            side, startup = trainer_steps(device, config, data, steps, length)
+            sides.append(side)
+        rates = measure(device, pairs, [*sides, *extra], turns) * data.length[data.rows["train"]].mean()
+        memory, more = peak_memory(device, sides), ""
+        if device.type == "cuda" or config.dry_run:
+            sizes = [sum(p.numel() for p in distill.load_hf(it, device).parameters())
+                     for it in (config.student, config.teacher)]
+            more = (f"; {mfu((6 * sizes[0] + 2 * sizes[1]) * np.median(rates[0]), device)} (6 x {sizes[0]:,} + 2 x "
+                    f"{sizes[1]:,} parameters x tokens/s)")
+    if extra:
+        *rates, other = rates
+        more += f"; {what}: {np.median(other):,.0f} tokens/s" + (
+            f", ours above {np.median(rates[0] / other):.1f}x that" if cached else
+            f", {np.median(other / rates[1]):.1f}x the peer" if there else "")
+    if startup:
+        more += f"; start-up is {np.median(startup):.1%} of the peer's time"
+    rows = f"{steps} optimizer steps of {config.batch_size} " + (
+        f"rows of {config.max_length} random tokens" if full else "rows, "
+        f"{data.asked[data.rows['train']].sum() / data.length[data.rows['train']].sum():.0%} of their tokens supervised")
+    return Row("tokens/s, without pads", ">= 2x" if cached else ">= 1x" if longest else ">= 1.5x",
+               "transformers accelerate", np.array(rates), memory,
+               f"{rows}, GPT-2s of {data.vocab:,} ids, teacher {'cached, 64 a token' if cached else 'asked each time'}, "
+               f"guard; transformers Trainer, KL of all positions, the same weights and batches, padded to "
+               f"{length or 'their longest'}{more}")
+
+def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
+    torch.manual_seed(0)
+    (h, taught_h), (W, taught_W) = ([torch.randn(n, width, device=device) / scale for width in widths]
+                                    for n, scale in ((B * T, 1), (vocab, 50)))
+    h.requires_grad_(), W.requires_grad_()
+    targets = torch.randint(vocab, (B * T,), device=device)
+    asked = (torch.arange(T, device=device) < int(0.6 * T)).repeat(B)       # and 40 % padding
+    place, n = asked.nonzero()[:, 0], int(asked.sum())
+    mix = distill.Mix(vocab, 1 / n, config.alpha, config.temperature)
+
+    def chunked():
+        taught = {"h": taught_h[place], "weight": taught_W}
+        distill.ChunkedLoss.apply(h[place], W, targets[place], asked[place].float(), taught, mix)[0].backward()
+        h.grad = W.grad = None
+        return n
+
+    def whole():
+        logits, taught = ((x @ weight.T).view(B, T, vocab) for x, weight in ((h, W), (taught_h, taught_W)))
+        ce = F.cross_entropy(logits.flatten(0, 1), targets.where(asked, IGNORE))
+        original_loss(logits, taught, ce, config).backward()
+        h.grad = W.grad = None
+        return n
+
+    rates, peaks = measure(device, pairs, [chunked, whole]), peak_memory(device, [chunked, whole])
+    memory = [peak - 4 * (W.numel() + h.numel()) for peak in peaks]
+    return Row("positions/s", "<= 100 MiB on a CPU", "", rates, memory,
+               f"loss and backward of {n} supervised positions of {B} x {T}, widths {widths[0]} and {widths[1]}: "
+               f"{memory[0] / 2 ** 20:,.0f} MiB; logits (B, T, V) of both models, the same formula as the Trainer's: "
+               f"{memory[1] / 2 ** 20:,.0f} MiB; without weights, inputs and their gradients, of which the head's V x D "
+               "is in both")
+
+def tell_memory(kind, config, steps, ours):
+    """A process of distill_memory: takes the steps and prints its peak in MB."""
+    device, config = launch(kind), distill.Config(**config)
+    with distill_setting(device, config) as (data, _):
+        (our_steps(distill, device, config, steps, data=data) if ours else
+         trainer_steps(device, config, data, steps, config.max_length)[0])()
+    # not getrusage's ru_maxrss: that begins with the peak of the process that started this one
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6)
+
+def distill_memory(device, pairs, config, steps=3):
+    with distill_setting(device, config) as (_, config):
+        there = peer("transformers") and peer("accelerate")
+        told = [subprocess.run(
+            [sys.executable, __file__, "--worker", json.dumps(["memory", device.type, vars(config), steps, ours])],
+            text=True, check=True, stdout=subprocess.PIPE, env=os.environ | dict(
+                OMP_NUM_THREADS=str(torch.get_num_threads()))).stdout for ours in (True, False)[:2 if there else 1]]
+    return Row("MB", "<= 0.7x", "transformers accelerate", np.array([[float(text.split()[-1])] for text in told]), [],
+               f"peak resident memory of a process that takes {steps} of the first row's steps, with Python and its "
+               f"libraries; the peer's, padded to {config.max_length}; one of each")
+
+def distill_guard(device, pairs, config, steps=2, turns=3):
+    with distill_setting(device, config) as (data, config):
+        return guard_cost(device, pairs, config, distill, "rows/s", steps, turns, data)
+
 # ------------------------------------------------------------------------------------------------------------- main
 TINY = dict(steps=1, turns=1)
 EDL_GUARD, LOGBERT_GUARD = dict(script=edl, unit="molecules/s"), dict(script=logbert, unit="sessions/s")
@@ -550,15 +745,25 @@ ROWS = {                                            # a function, what it is tol
     "train_student predict": (student_predict, {}, dict(n=8, turns=1)),
     "train_student teacher GINE": (student_gine, {}, TINY),
     "train_student guard on / off": (guard_cost, dict(script=student, unit="spectra/s", turns=5), TINY),
+    "train_distill train": (distill_train, dict(steps=2), TINY | dict(full=True)),
+    "train_distill train, peer padded to its longest": (distill_train, dict(longest=True), TINY),
+    "train_distill train, teacher cached": (distill_train, dict(longest=True, cached=True), TINY),
+    "train_distill loss memory, V 50257": (distill_loss, dict(vocab=50257, B=2), dict(vocab=499, T=20)),
+    "train_distill loss memory, V 151936": (distill_loss, dict(vocab=151936, B=1), dict(vocab=499, T=20)),
+    "train_distill peak RSS": (distill_memory, {}, dict(steps=1)),
+    "train_distill guard on / off": (distill_guard, {}, TINY),
     "data/logs prepare": (logs_prepare, {}, dict(lines=300, sample=50)),
 }
-SCRIPTS = {"train_edl": (edl, "molecules"), "train_student": (student, "spectra")}      # and the flag of their data
+SCRIPTS = {"train_edl": (edl, "molecules"), "train_student": (student, "spectra"), "train_distill": (distill, "text")}
+CHANGED = {student: {"phase": "student"}, distill: {"phase": "student", "batch_size": 4}}
 
 def settings(script, device, dry_run, data_dir=""):
-    """The script's own Config on this device; a student's is that of one without a teacher."""
-    return script.Config(**(script.CPU if device.type == "cpu" else {})
-                         | (script.DRY | {"dry_run": True} if dry_run else {})
-                         | ({"phase": "student"} if script is student else {}), data_dir=data_dir)
+    """The script's own Config on this device; train_student's is that of one without a teacher, train_distill's as for
+    a user's own models."""
+    large = script is distill and device.type == "cuda"
+    return script.Config(**(getattr(script, "CPU", {}) if device.type == "cpu" else {}) | CHANGED.get(script, {})
+                         | (dict(dtype="bfloat16", batch_size=8, max_length=1024) if large else {})
+                         | (script.DRY | {"dry_run": True} if dry_run else {}), data_dir=data_dir)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -568,11 +773,13 @@ def main(argv=None):
     parser.add_argument("--dry_run", action="store_true", help="1 pair of tiny sizes: does every row run?")
     parser.add_argument("--molecules", default="", help="prepared set of train_edl's rows; empty: the demo set")
     parser.add_argument("--spectra", default="", help="prepared set of train_student's rows; empty: the demo set")
+    parser.add_argument("--text", default="", help="prepared set of train_distill's rows; empty: the demo set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers
+    parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers, distill_memory
     flags = parser.parse_args(argv)
     if flags.worker:
-        return work(*json.loads(flags.worker))
+        name, *about = json.loads(flags.worker)
+        return {"steps": work, "memory": tell_memory}[name](*about)
     chosen = [name for name in ROWS if not flags.names or any(word in name for word in flags.names)]
     if not chosen or flags.threads < 1:
         fail(f"--threads must be above 0, and each name a part of one of these: {', '.join(ROWS)}")
@@ -584,7 +791,8 @@ def main(argv=None):
     torch.set_num_threads(flags.threads)
     device, pairs = torch.device("cuda" if cuda else "cpu"), 1 if flags.dry_run else 15 if flags.full else 5
     where = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}" if cuda else "CPU"
-    found = [f"{name} {it.__version__}" for name in ("torch", "transformers", "torch_geometric") if (it := peer(name))]
+    found = [f"{name} {it.__version__}" for name in ("torch", "transformers", "accelerate", "torch_geometric")
+             if (it := peer(name))]
     print(f"{where}, torch threads: {flags.threads}, {', '.join(found)}; medians of {pairs} pairs (range)\n\n"
           "| row | ours | peer | unit | ratio | goal | peak of tensors, ours / peer | what was compared |\n"
           "|---|---|---|---|---|---|---|---|", flush=True)
@@ -592,7 +800,9 @@ def main(argv=None):
         row, more, tiny = ROWS[name]
         script, flag = SCRIPTS.get(name.split()[0], (logbert, ""))
         config = settings(script, device, flags.dry_run, getattr(flags, flag, ""))
-        print(line(name, row(device, pairs, config, **more | (tiny if flags.dry_run else {}))), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):            # what the scripts say is no line of the table
+            done = row(device, pairs, config, **more | (tiny if flags.dry_run else {}))
+        print(line(name, done), flush=True)
 
 if __name__ == "__main__":
     main()

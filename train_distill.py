@@ -182,6 +182,13 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximat
                "silu": F.silu}
 
 
+@functools.lru_cache(maxsize=8)
+def turns(shape, n, device):
+    """-> (cos, sin), each (n, d), of the angles of n positions, in float32 whatever the model is held in."""
+    angle = torch.outer(torch.arange(n, dtype=torch.float32), rope_frequencies(shape))
+    return angle.cos().repeat(1, 2).to(device), torch.cat([-angle.sin(), angle.sin()], 1).to(device)
+
+
 def rotate(x, turn):
     """x (B, H, T, d), turn (cos, sin), each (T, d) -> x turned (Su et al. 2021); entry i goes with entry i + d / 2."""
     return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])
@@ -218,10 +225,8 @@ class Block(nn.Module):
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T == S, scale=self.scale)
         x = x + self.drop(self.out(y.transpose(1, 2).reshape(B, T, -1)))
-        y = self.up(self.norm2(x))
-        if self.shape.kind != "gpt2":
-            gate, y = y.chunk(2, -1)
-        y = self.activation(y) if self.shape.kind == "gpt2" else self.activation(gate) * y
+        gate, *up = self.up(self.norm2(x)).split(self.shape.hidden, -1)         # GPT-2 has the first alone
+        y = self.activation(gate) * up[0] if up else self.activation(gate)
         return x + self.drop(self.down(y))
 
 
@@ -257,11 +262,8 @@ class Decoder(nn.Module):
         if place.stop > self.shape.n_positions:
             raise ValueError(f"{place.stop} positions, and the model has {self.shape.n_positions}")
         turn = None
-        if self.shape.rope:                         # in float32 whatever the model is held in
-            t = torch.arange(place.start, place.stop, device=tokens.device, dtype=torch.float32)
-            angle = torch.outer(t, rope_frequencies(self.shape).to(tokens.device))
-            sign = torch.tensor([-1.0, 1.0], device=tokens.device).repeat_interleave(angle.shape[1])
-            turn = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2) * sign
+        if self.shape.rope:                         # tables of some more positions serve other lengths too
+            turn = [table[place] for table in turns(self.shape, -(-place.stop // 256) * 256, tokens.device)]
         else:
             x = x + self.position.weight[place]
         x = self.drop(x)
@@ -291,13 +293,12 @@ def save_hf(model, folder):
 
 def build_model(config, vocab):
     """The phase's model: a Hugging Face folder, or a size with random weights. about is what load_model needs."""
-    name = config.model
-    if (Path(name) / "config.json").exists():
-        model = load_hf(name, "cpu", torch.float32, config.dropout, vocab)
+    if (Path(config.model) / "config.json").exists():
+        model = load_hf(config.model, "cpu", torch.float32, config.dropout, vocab)
     else:
-        model = Decoder(SIZES[name] | {"vocab_size": vocab}, config.dropout, vocab)
+        model = Decoder(SIZES[config.model] | {"vocab_size": vocab}, config.dropout, vocab)
     if model.shape.vocab_size < vocab:
-        fail(f"{name} has {model.shape.vocab_size:,} rows of embeddings, its tokenizer {vocab:,} ids")
+        fail(f"{config.model} has {model.shape.vocab_size:,} rows of embeddings, its tokenizer {vocab:,} ids")
     model.about = {"config": dataclasses.asdict(config), "raw": model.raw, "vocab": vocab}
     return model
 
@@ -309,8 +310,8 @@ def load_model(path, device="cpu"):
     if "teacher_size" not in about["config"]:
         raise ValueError(f"{path} is of another script")
     model = Decoder(about["raw"], about["config"]["dropout"], about["vocab"])
-    model.about = about
     load_tensors(model, tensors, path)
+    model.about = about
     return model.to(device).eval()
 
 
@@ -388,8 +389,7 @@ class ChunkedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x, W = (y.to(low or weight.dtype) for y in (h, weight[:mix.vocab]))
             if "weight" in taught:
-                taught_x, taught_W = (y.to(low or taught["weight"].dtype) for y in (
-                    taught["h"], taught["weight"][:mix.vocab]))
+                taught_x, taught_W = (taught[name].to(low or taught["weight"].dtype) for name in ("h", "weight"))
             dh, dW = (torch.empty_like(x, dtype=h.dtype), torch.zeros_like(weight)) if needed else (None, None)
             ctx.grads, total = (dh, dW, mix.scale), widen(x.new_zeros(len(PARTS)))
             chunk = max(1, CHUNK.get(device, 1 << 24) // mix.vocab)
@@ -398,7 +398,7 @@ class ChunkedLoss(torch.autograd.Function):
                 lse, kd, ds, teacher_ce, teacher_logits = s.logsumexp(1, keepdim=True), *here.new_zeros(4, 1)
                 ce, student_logits = (lse - s.gather(1, target))[:, 0], largest(s)
                 if "weight" in taught:
-                    t = widen(F.linear(taught_x[some], taught_W)).to(s.dtype)
+                    t = widen(F.linear(taught_x[some], taught_W[:mix.vocab])).to(s.dtype)
                     teacher_ce, teacher_logits = (t.logsumexp(1, keepdim=True) - t.gather(1, target))[:, 0], largest(t)
                     log_p = t.div_(T).log_softmax(1)
                     del t                           # before the next tensor of its size is made
@@ -465,7 +465,7 @@ def tell(step, batch, taught, parts, config, vocab):
     if step == batch["micro"] == 0:
         shape = [*batch["tokens"].shape, vocab]
         print(f"first forward: student logits {shape}" + f", teacher logits {shape}, T {config.temperature}, alpha "
-              f"{config.alpha}" * bool(taught) + f"; made for {len(batch['place']):,} supervised positions, in chunks")
+              f"{config.alpha}" * bool(taught) + f"; in chunks of {len(batch['place']):,} supervised positions")
     values = "  ".join(f"{name} {float(x):.4f}" for name, x in parts.items())
     print(f"step {step} micro-batch {batch['micro']}: {values}", flush=True)
 
@@ -623,11 +623,10 @@ def run_phase(config, device):
             f"steps" + f", resumed at {start:,}" * (start > 0))
     warmup = config.warmup_steps or max(1, int(config.warmup_ratio * max_steps))
     run.log(f"""Training Configuration:
-  Phase: {config.phase}, of {config.model}   Teacher: {config.teacher or "none"}
   Learning rate: {config.learning_rate}   Max gradient norm: {config.grad_clip}
   Warmup steps: {warmup} ({warmup / max_steps:.0%} of {max_steps} total steps)
   Temperature: {config.temperature}   Alpha: {config.alpha}   Divergence: {config.divergence}
-  FP16: {dtype == torch.float16}   Device: {device}""")
+  FP16: {dtype == torch.float16}   Device: {device}   {config.phase}: {config.model}   teacher: {config.teacher or "-"}""")
     try:
         for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
             last, stop = step == max_steps, guard.stop_requested
@@ -704,7 +703,7 @@ def settle(config, given):
         config = dataclasses.replace(config, **{name: x for name, x in demo.items() if name not in given})
     config = complete(config, given, {}, dry, FIXED)
     if config.fp16:
-        cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
+        cuda = config.device != "cpu" and torch.cuda.is_available()
         config = dataclasses.replace(config, dtype="float16" if cuda else "float32")
         print(f"--fp16: --dtype {config.dtype}" + ", since there is no GPU" * (not cuda))
     low = dict.fromkeys(("temperature", "max_epochs", "max_length"), 1e-3) | dict.fromkeys((

@@ -78,8 +78,8 @@ def write_model(folder, raw=LLAMA, seed=0, std=0.3, tokenizer=Bytes()):
 
 def small_config(**fields):
     """A Config of SMALL and the fields, after settle()."""
-    config = train_distill.Config(**SMALL | {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()})
-    return train_distill.settle(config, {*vars(config)})
+    fields = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
+    return train_distill.settle(train_distill.Config(**SMALL | fields), {*vars(train_distill.Config())})
 
 
 def fields_of(data_dir, folder, fields):
@@ -134,7 +134,6 @@ ROWS = ["test CE", "test perplexity", "val CE", "test KL to the teacher", "choic
 
 
 def table_in(text):
-    """The lines of the table that a run or eval prints."""
     return re.findall(rf"^(?:{'|'.join(ROWS)})  .*$", text, re.M)
 
 

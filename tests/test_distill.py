@@ -3,6 +3,7 @@ batches, accumulation and ranks, the decoder, evaluation; and the original's def
 """
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from distill_tools import GPT2, LLAMA, ROOT, main_here, random_model, small_config, write_model, write_set
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import train_distill as script
@@ -33,17 +35,14 @@ LLAMA3 = LLAMA | {"num_key_value_heads": 1, "rope_scaling": {
 KINDS = {"gpt2": GPT2, "gpt2 scaled": GPT2 | {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
          "llama": LLAMA, "llama3": LLAMA3, "qwen2": QWEN2, "qwen3": QWEN3}
 
-
 # ---------------------------------------------------------------------------------------------------------------- tools
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 def close(found, wanted, tolerance=1e-12):
     found, wanted = torch.as_tensor(found).double(), torch.as_tensor(wanted).double()
     assert found.shape == wanted.shape and found.isfinite().all()
     assert (found - wanted).abs().max() <= tolerance * max(1e-3, wanted.abs().max()), (found - wanted).abs().max()
-
 
 def divergence(log_p, log_q, kind, beta):
     """Of each position, as the papers write it."""
@@ -54,14 +53,12 @@ def divergence(log_p, log_q, kind, beta):
     log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
-
 def naive(s, log_p, targets, asked, mix):
     """The loss and its kd and ce from all logits s (N, V) at once, and the teacher's log p at T."""
     kd = divergence(log_p, (s / mix.temperature).log_softmax(-1), mix.divergence, mix.beta)
     kd = mix.scale * mix.kd_weight * mix.temperature ** 2 * kd.sum()
     ce = mix.scale * (asked * F.cross_entropy(s, targets, reduction="none")).sum()
     return mix.alpha * kd + (1 - mix.alpha) * ce, kd, ce
-
 
 @pytest.fixture
 def chunk(monkeypatch):
@@ -71,7 +68,6 @@ def chunk(monkeypatch):
 
 WORDS = "mass speed force is two three doubled grows \u00e9t\u00e9 \u00bd".split()
 
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """36 rows of bytes of many lengths; 24 are train's, 12 val's."""
@@ -79,30 +75,25 @@ def folder(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("text"), [(" ".join([f"{i}", *rng.choice(WORDS, rng.integers(1, 8))]),
                      " ".join(rng.choice(WORDS, rng.integers(1, 9)))) for i in range(36)])
 
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Hugging Face folders of two random models: the teacher, of another width and kind, and the student."""
-    home = tmp_path_factory.mktemp("models")
-    return (str(write_model(home / "teacher", GPT2 | {"n_embd": 24}, 1)), str(write_model(home / "student", LLAMA, 2)))
-
+    """Hugging Face folders of random models: a teacher of another width and kind, a student, one with a head."""
+    home, raws = tmp_path_factory.mktemp("models"), (GPT2 | {"n_embd": 24}, LLAMA, QWEN3)
+    return [str(write_model(home / f"{i}", raw, i + 1)) for i, raw in enumerate(raws)]
 
 @pytest.fixture(scope="module")
 def data(folder):
     return read_folder(folder, 320, False, CPU)
-
 
 @pytest.fixture
 def own(folder, tmp_path):
     """A copy of the data, for a test that leaves caches in it."""
     return shutil.copytree(folder, tmp_path / "own")
 
-
 def config_of(folder, models, **fields):
     """Of a student beside its teacher."""
-    return small_config(**dict(data_dir=folder, teacher=models[0], student=models[1], phase="student", batch_size=8,
+    return small_config(**dict(data_dir=folder, teacher=models[0], student=models[fields.pop("which", 1)], phase="student", batch_size=8,
                                max_length=320, seed=3) | fields)
-
 
 def gradient_of(folder, models, fields, double, length=0):
     """One optimizer step's loss, its parts and gradient by way of the guard, under DDP where there are ranks.
@@ -125,13 +116,12 @@ def gradient_of(folder, models, fields, double, length=0):
         loss, parts = compute_loss(model, get_batch(data, "train", 7, config, micro), 7, config)
         assert loss.dtype == (torch.float64 if double else torch.float32) and loss.dim() == 0
         guard.backward(loss.float(), parts)
-        total = total + torch.stack([loss.detach(), *(parts[name] for name in PARTS[2:])])
+        total = total + torch.stack([loss.detach(), *parts.values()])
     if common.world_size() > 1:
         torch.distributed.all_reduce(total)
     patch.undo()
     script.frozen_teacher.cache_clear()
     return total, {name: p.grad.clone() for name, p in raw_model.named_parameters()}
-
 
 def assert_same_step(found, wanted, tolerance):
     close(found[0], wanted[0], tolerance)
@@ -139,7 +129,6 @@ def assert_same_step(found, wanted, tolerance):
     scale = max(gradient.abs().max() for gradient in wanted[1].values())
     for name, gradient in wanted[1].items():
         assert gradient.abs().max() > 0 and (found[1][name] - gradient).abs().max() <= tolerance * scale, name
-
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 def problem(N=11, D=5, V=19, padded=23, dtype=torch.float64):
@@ -149,7 +138,6 @@ def problem(N=11, D=5, V=19, padded=23, dtype=torch.float64):
     asked = torch.tensor([1., 1, 0] * N)[:N]
     return h, weight / 2, torch.arange(N) * 7 % V, asked, {"h": t, "weight": teacher_weight / 3}
 
-
 @pytest.mark.parametrize("size", [1, 4, 11, 50])
 @pytest.mark.parametrize("T", [1.0, 3.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -157,7 +145,7 @@ def problem(N=11, D=5, V=19, padded=23, dtype=torch.float64):
 def test_the_loss_against_all_logits_at_once(chunk, kind, beta, alpha, T, size):
     V, mix = 19, Mix(19, 1 / 13, alpha, T, kind, beta, 1.7)
     chunk(size, V)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         h, weight, targets, asked, taught = problem(dtype=dtype)
         inputs = [x.clone().requires_grad_() for x in (h, weight)]
         loss, total = ChunkedLoss.apply(*inputs, targets, asked, taught, mix)
@@ -175,7 +163,6 @@ def test_the_loss_against_all_logits_at_once(chunk, kind, beta, alpha, T, size):
             assert x.grad.dtype == dtype and y.grad.abs().max() > 1e-3
             close(x.grad, y.grad, tolerance)
         assert not inputs[1].grad[V:].any() and torch.equal(h, inputs[0]) and torch.equal(weight, inputs[1])
-
 
 def test_golden_numbers():
     """z = (ln 3, 0) at T = 2, so q = (3/4, 1/4) and p = (1/2, 1/2); at T = 1 the softmax is (9/10, 1/10)."""
@@ -195,7 +182,6 @@ def test_golden_numbers():
     close(W.grad, torch.tensor([[0.2], [-0.2], [0.0]]), 1e-6)           # 0.5 * 2 (3/4 - 1/2) + 0.5 (9/10 - 1)
     close(x.grad, [[0.4 * math.log(3)]], 1e-6)
 
-
 @pytest.mark.parametrize("kind, beta", DIVERGENCES)
 def test_compare_against_finite_differences(kind, beta):
     log_p, z, eps = (2 * noise(3, 6)).log_softmax(1), 2 * noise(3, 6, seed=1), 1e-5
@@ -208,37 +194,20 @@ def test_compare_against_finite_differences(kind, beta):
         close(gradient[:, j], (moved[0] - moved[1]) / (2 * eps), 1e-7)
     close(compare(log_p.clone(), log_p.clone(), kind, beta)[1], torch.zeros(3, 6), 1e-12)
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, beta", DIVERGENCES)
 def test_extreme_logits_are_finite(chunk, kind, beta, dtype):
     """Of a student and a teacher that are sure of opposite things, or of the same."""
     chunk(2, 4)
     s, t = 1e4 * torch.eye(4), 1e4 * torch.eye(4)[[1, 0, 2, 3]] - 1e4 * torch.eye(4)[[2, 2, 3, 0]]
-    for T in (1.0, 0.1):
-        for alpha in (0.0, 0.5, 1.0):
-            x, W = s.clone().requires_grad_(), torch.eye(4, requires_grad=True)
-            taught, mix = {"h": t.to(dtype), "weight": torch.eye(4, dtype=dtype)}, Mix(4, 1.0, alpha, T, kind, beta)
+    for T, alpha in itertools.product((1.0, 0.1), (0.0, 0.5, 1.0)):
+        x, W = s.clone().requires_grad_(), torch.eye(4, requires_grad=True)
+        taught, mix = {"h": t.to(dtype), "weight": torch.eye(4, dtype=dtype)}, Mix(4, 1.0, alpha, T, kind, beta)
+        with common.autocast(CPU, dtype):
             loss, total = ChunkedLoss.apply(x, W, torch.tensor([1, 1, 2, 0]), torch.ones(4), taught, mix)
-            loss.backward()
-            assert loss.dtype == torch.float32 and loss.isfinite() and total.isfinite().all() and loss >= 0
-            assert x.grad.isfinite().all() and W.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_autocast_makes_products_in_low_precision_and_all_else_in_float32(low):
-    h, weight, targets, asked, taught = problem(64, 16, 19, 19, torch.float32)
-    asked, mix, grads = torch.ones(64), Mix(19, 1 / 64, 0.5, 3.0), []
-    for enabled in (False, True):
-        x, W = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        with torch.autocast("cpu", low, enabled=enabled):
-            loss = ChunkedLoss.apply(x, W, targets, asked, taught, mix)[0]
         loss.backward()
-        assert loss.dtype == x.grad.dtype == W.grad.dtype == torch.float32
-        grads.append((loss.detach(), x.grad, W.grad))
-    for one, other in zip(*grads):
-        assert not torch.equal(one, other) and (one - other).abs().max() < 0.03 * one.abs().max()
-
+        assert loss.dtype == x.grad.dtype == W.grad.dtype == torch.float32 and loss >= 0 and loss.isfinite()
+        assert total.isfinite().all() and x.grad.isfinite().all() and W.grad.isfinite().all()
 
 def peak_of(function):
     """Bytes that are alive at once at most, beyond those that were there."""
@@ -250,21 +219,19 @@ def peak_of(function):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that any operation gave back."""
+    """The most float32 elements behind a tensor that any operation gave back."""
     most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if torch.is_tensor(tensor):
-                self.most = max(self.most, tensor.untyped_storage().nbytes() // 4)
+        sizes = [x.untyped_storage().nbytes() // 4 for x in tree_leaves(out) if torch.is_tensor(x)]
+        self.most = max(self.most, *sizes, 0)
         return out
-
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind, beta", DIVERGENCES[:3])
 def test_logits_of_all_positions_never_exist(chunk, kind, beta, cached):
-    N, D, V = 300, 16, 20000
+    N, D, V = 300, 16, 8000
     h, weight, targets, asked, taught = problem(N, D, V, V, torch.float32)
     asked, mix, T = torch.ones(N), Mix(V, 1 / N, 0.5, 3.0, kind, beta), 3.0
     if cached:
@@ -288,19 +255,15 @@ def test_logits_of_all_positions_never_exist(chunk, kind, beta, cached):
         chunked()
     assert max(10 * V, D * V) <= seen.most < N * V / 10
 
-
 def test_a_training_step_holds_no_logits_of_its_batch(data, folder, models, monkeypatch):
     config = config_of(folder, models)
     batch, model = get_batch(data, "train", 0, config), build_model(config, data.vocab).train()
-    whole = batch["tokens"].numel() * 257
-    with Largest() as seen:
-        model(batch["tokens"])
-    assert seen.most == whole
     monkeypatch.setitem(CHUNK, "cpu", 20 * 257)
-    with Largest() as seen:
-        compute_loss(model, batch, 9, config)[0].backward()
-    assert seen.most < whole / 2
-
+    for function, share in ((lambda: compute_loss(model, batch, 9, config)[0].backward(), (0, 0.5)),
+                            (lambda: model(batch["tokens"]), (1, 1))):
+        with Largest() as seen:
+            function()
+        assert share[0] <= seen.most / (batch["tokens"].numel() * 257) <= share[1]
 
 # ------------------------------------------------------------------------------------------------- what is cached of it
 @pytest.mark.parametrize("T", [1.0, 3.0])
@@ -332,43 +295,22 @@ def test_a_cached_teacher_has_its_likeliest_tokens_and_one_class_for_the_rest(ch
             without = T ** 2 * divergence(*bare, kind, beta).sum() / 13
             assert abs(float(without - total[2])) > 0.1 * float(total[2])
 
-
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 def test_a_cache_of_all_tokens_equals_the_teacher_itself(own, models, kind):
     online = gradient_of(own, models, {"divergence": kind}, False)
     cached = gradient_of(own, models, {"divergence": kind, "cache_teacher": 257}, False)
     assert_same_step(cached, online, 2e-6)
     few = gradient_of(own, models, {"divergence": kind, "cache_teacher": 8}, False)
-    assert few[0][1] < 0.95 * online[0][1]          # of classes that are put together less is known
-    close(few[0][2:], online[0][2:], 1e-6)          # but both cross-entropies are the same
-
+    assert few[0][3] < 0.95 * online[0][3]          # of classes that are put together less is known
+    close(few[0][[1, 2, 4, 5]], online[0][[1, 2, 4, 5]], 1e-6)          # all else is the same
 
 def cache_of(folder, models, fields):
     config = config_of(folder, models, **fields)
     script.frozen_teacher.cache_clear()
     cached_teacher(script, config, load_data(config))
 
-
 def arrays_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_a_cache_against_all_logits_of_each_row(own, models):
-    config = config_of(own, models, cache_teacher=6, temperature=2.0)
-    data = load_data(config)
-    data.cache, teacher = cached_teacher(script, config, data), load_hf(models[0])
-    for row in data.rows["train"]:
-        ids = data.table[data.start[row]:data.start[row] + data.length[row] + 1].long()
-        logits = teacher(ids[None, :-1])[0, data.first[row]:].detach()
-        log_p = (logits / 2).log_softmax(1)
-        spot = slice(int(data.cache["begin"][row]), int(data.cache["begin"][row] + data.asked[row]))
-        found = {name: torch.tensor(data.cache[name][spot]) for name in TAUGHT}
-        close(found["log_p"], log_p.topk(6)[0], 1e-5), close(log_p.gather(1, found["top"].long()), found["log_p"], 1e-5)
-        close(found["tail"], (1 - found["log_p"].exp().sum(1)).log(), 1e-4)
-        close(found["teacher_ce"], F.cross_entropy(logits, ids[data.first[row] + 1:], reduction="none"), 1e-5)
-        close(found["teacher_logits"], logits.abs().amax(1), 1e-5)
-    assert sum(data.asked[data.rows["train"]]) == len(data.cache["tail"])
-
 
 def test_a_cache_that_was_made_with_something_else_is_refused(own, models, tmp_path, capsys):
     teacher = shutil.copytree(models[0], tmp_path / "teacher")
@@ -398,7 +340,6 @@ def test_a_cache_that_was_made_with_something_else_is_refused(own, models, tmp_p
     cache_of(own, models, {"cache_teacher": 4})
     assert arrays_of(cache) != before
 
-
 def test_a_cache_that_was_killed_is_made_again(own, models, monkeypatch):
     cache_of(own, models, {"cache_teacher": 4})
     cache, = own.glob("teacher-*-4")
@@ -421,7 +362,6 @@ def test_a_cache_that_was_killed_is_made_again(own, models, monkeypatch):
     cache_of(own, models, {"cache_teacher": 4})
     assert arrays_of(cache) == before and not (own / f".{cache.name}.new").exists()
 
-
 def test_two_ranks_make_the_cache_of_one(own, models, pair):
     pair.run(cache_of, own, models, {"cache_teacher": 4})
     cache, = own.glob("*teacher-*")
@@ -430,10 +370,10 @@ def test_two_ranks_make_the_cache_of_one(own, models, pair):
     cache_of(own, models, {"cache_teacher": 4})
     assert arrays_of(cache) == before and len(before) == 6
 
-
 # ------------------------------------------------------------------------------------- accumulation, ranks and padding
 @pytest.mark.parametrize("double, tolerance", [(True, 1e-10), (False, 1e-5)])
-@pytest.mark.parametrize("fields", [{}, {"divergence": "jsd", "train_on_prompt": True}, {"cache_teacher": 8}], ids=str)
+@pytest.mark.parametrize("fields", [{"which": 2}, {"divergence": "jsd", "train_on_prompt": True}, {"cache_teacher": 8}],
+                         ids=str)
 def test_a_step_does_not_depend_on_how_it_is_cut(own, models, pair, fields, double, tolerance):
     """Defect 3: accumulation multiplied the gradient."""
     tolerance = 1e-6 if double and "cache_teacher" in fields else tolerance
@@ -446,14 +386,6 @@ def test_a_step_does_not_depend_on_how_it_is_cut(own, models, pair, fields, doub
         cut = fields | {"batch_size": batch_size, "grad_accum": grad_accum}
         for found in pair.run(gradient_of, own, models, cut, double):
             assert_same_step(found, wanted, tolerance)
-
-
-def test_an_untied_head_under_ddp(own, models, pair, tmp_path):
-    models = (models[0], str(write_model(tmp_path / "qwen3", QWEN3, 4)))
-    wanted = gradient_of(own, models, {}, True)
-    for found in pair.run(gradient_of, own, models, {"batch_size": 2, "grad_accum": 2}, True):
-        assert_same_step(found, wanted, 1e-10)
-
 
 @pytest.mark.parametrize("raw", [LLAMA, QWEN3], ids=["tied", "untied"])
 def test_the_gradient_of_all_weights_against_autograd_through_all_logits(data, folder, models, raw, monkeypatch):
@@ -473,40 +405,30 @@ def test_the_gradient_of_all_weights_against_autograd_through_all_logits(data, f
         assert gradient.abs().max() > 0
     script.frozen_teacher.cache_clear()
 
-
-def literal(models, config, data, steps=1):
-    """What the original computed: kl_div over all positions of the micro-batches, divided by rows and nothing else."""
-    student, teacher, total = load_hf(models[1]), load_hf(models[0]), 0
-    for micro in range(config.grad_accum):
-        tokens, T = get_batch(data, "train", 0, config, micro)["tokens"], config.temperature
-        s, t = (F.log_softmax(one(tokens).double() / T, -1) for one in (student, teacher))
-        total += F.kl_div(s.detach(), t.exp().detach(), reduction="batchmean") * T ** 2 / config.grad_accum
-    return float(total)
-
-
 def loss_of(models, config, data):
     model = build_model(config, data.vocab)
     return float(sum(compute_loss(model, get_batch(data, "train", 0, config, micro), 0, config)[0].detach()
                      for micro in range(config.grad_accum)))
 
-
+@torch.no_grad()
 def test_batchmean_is_the_originals_formula_and_the_default_the_mean_over_tokens(data, folder, models):
     """Defect 1: prompts and pads were added up too, and the sum divided by rows."""
+    def log_p(name, batch):
+        return F.log_softmax(load_hf(name)(batch["tokens"]).double() / 3, -1)
     for batch_size, grad_accum in ((8, 1), (4, 2)):
-        cut = dict(batch_size=batch_size, grad_accum=grad_accum, kd_reduction="batchmean")
-        config = config_of(folder, models, alpha=1.0, **cut)
-        close(loss_of(models, config, data), literal(models, config, data), 1e-5)
+        config = config_of(folder, models, alpha=1.0, batch_size=batch_size, grad_accum=grad_accum)
+        original = dataclasses.replace(config, kd_reduction="batchmean")
+        batches = [get_batch(data, "train", 0, original, micro) for micro in range(grad_accum)]
+        wanted = sum(9 * F.kl_div(log_p(models[1], batch), log_p(models[0], batch).exp(), reduction="batchmean")
+                     for batch in batches) / grad_accum
         ce = loss_of(models, dataclasses.replace(config, alpha=0.0), data)
-        mixed = loss_of(models, dataclasses.replace(config, alpha=0.25), data)
-        close(mixed, 0.25 * literal(models, config, data) + 0.75 * ce, 1e-5)
-        close(ce, loss_of(models, dataclasses.replace(config, alpha=0.0, kd_reduction="token"), data), 1e-6)
-    config = config_of(folder, models, alpha=1.0)
-    assert config.kd_reduction == Config().kd_reduction == "token"
-    batch = get_batch(data, "train", 0, config)
-    s, t = (F.log_softmax(load_hf(name)(batch["tokens"]).double() / 3, -1) for name in (models[1], models[0]))
-    kl = (t.exp() * (t - s)).sum(-1).flatten()
-    close(loss_of(models, config, data), 9 * kl[batch["place"]].mean().detach(), 1e-5)
-
+        for alpha in (0.0, 0.25, 1.0):
+            found = loss_of(models, dataclasses.replace(original, alpha=alpha), data)
+            close(found, alpha * wanted + (1 - alpha) * ce, 1e-5)
+    batch = get_batch(data, "train", 0, config_of(folder, models))
+    s, t = (log_p(name, batch).flatten(0, 1)[batch["place"]] for name in (models[1], models[0]))
+    config = config_of(folder, models, alpha=1.0, kd_reduction=Config().kd_reduction)
+    close(loss_of(models, config, data), 9 * divergence(t, s, "forward", 0).mean(), 1e-5)
 
 def test_the_originals_loss_was_a_hundred_times_too_large(tmp_path, models):
     """Defect 1, at 128 positions: of their mean it made about their sum."""
@@ -515,7 +437,6 @@ def test_the_originals_loss_was_a_hundred_times_too_large(tmp_path, models):
     batchmean, data = dataclasses.replace(token, kd_reduction="batchmean"), load_data(token)
     assert get_batch(data, "train", 0, token)["tokens"].shape == (8, 128)
     assert 50 < loss_of(models, batchmean, data) / loss_of(models, token, data) < 400
-
 
 # -------------------------------------------------------------------------------------------------------------- batches
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -527,7 +448,7 @@ def test_rows_against_a_loop(folder, max_length, train_on_prompt, everywhere, ca
     left = np.flatnonzero(np.minimum(np.diff(arrays["offsets"]), max_length) <= arrays["prompt"])
     assert sorted(np.concatenate([*data.rows.values()])) == sorted({*range(36)} - {*left})
     assert (max_length == 75) == (len(left) > 0) == ("left out" in capsys.readouterr().out)
-    for seed, length in itertools_product(range(6), (0, 330)):
+    for seed, length in itertools.product(range(6), (0, 330)):
         rows = np.random.default_rng(seed).choice(data.rows["train"], 5)
         batch, found = get_rows(data, rows, length, everywhere), []
         texts = [arrays["tokens"][arrays["offsets"][row]:arrays["offsets"][row + 1]][:max_length] for row in rows]
@@ -541,88 +462,37 @@ def test_rows_against_a_loop(folder, max_length, train_on_prompt, everywhere, ca
                     found.append((b * T + t, text[min(t + 1, len(text) - 1)], float(asked)))
         assert [*zip(*(batch[name].tolist() for name in ("place", "targets", "asked")))] == found
 
-
-def itertools_product(one, other):
-    return [(a, b) for a in one for b in other]
-
-
 def batches_of(folder, models, fields):
     config = config_of(folder, models, **fields)
     data = load_data(config)
     batches = [get_batch(data, "train", step, config, micro) for step in range(5) for micro in range(config.grad_accum)]
     return [(batch["tokens"].tolist(), batch["targets"].tolist(), batch["count"], batch["rows"]) for batch in batches]
 
-
 def test_batches_are_cut_from_one_global_batch_that_the_seed_and_step_decide(data, folder, models, pair):
-    def texts(batches):
-        """Rows without their pads, which repeat the last token but one, 5 steps of 8."""
-        rows = [tuple(row).__repr__().rstrip("(), 10") for tokens, *_ in batches for row in tokens]
-        return [sorted(rows[i:i + 8]) for i in range(0, 40, 8)]
     whole = batches_of(folder, models, {})
     assert batches_of(folder, models, {}) == whole != batches_of(folder, models, {"seed": 4})
-    for count in (batch[2] for batch in whole):
-        assert 0 < count < 8 * 320
-    config = config_of(folder, models)
-    for later in (get_batch(data, "train", 4, config), get_batch(data, "train", 4, config)):
-        assert later["tokens"].tolist() == whole[4][0]
+    assert get_batch(data, "train", 4, config_of(folder, models))["tokens"].tolist() == whole[4][0]     # no history
     for fields in ({"batch_size": 2, "grad_accum": 4}, {"batch_size": 1, "grad_accum": 8}):
-        cut = batches_of(folder, models, fields)
-        n = fields["grad_accum"]
-        assert [sum((cut[i * n + k][1] for k in range(n)), []) for i in range(5)] == [batch[1] for batch in whole]
-        assert [batch[2:] for batch in cut] == [batch[2:] for batch in whole for _ in range(n)]
-    one, other = pair.run(batches_of, folder, models, {"batch_size": 2, "grad_accum": 2})
+        found, n = batches_of(folder, models, fields), fields["grad_accum"]
+        assert [sum((found[i * n + k][1] for k in range(n)), []) for i in range(5)] == [batch[1] for batch in whole]
+        assert [batch[2:] for batch in found] == [batch[2:] for batch in whole for _ in range(n)]
+    ranks = pair.run(batches_of, folder, models, {"batch_size": 2, "grad_accum": 2})
     for step, batch in enumerate(whole):
-        assert sum((mine[1] for rank in (one, other) for mine in rank[2 * step:2 * step + 2]), []) == batch[1]
-        assert {mine[2:] for rank in (one, other) for mine in rank[2 * step:2 * step + 2]} == {batch[2:]}
-    assert len({tuple(targets) for _, targets, *_ in whole}) > 2
-
-
-def test_an_epoch_sees_each_row_once_in_batches_of_like_lengths(data, folder, models):
-    config, seen = config_of(folder, models, batch_size=2), []
-    for epoch in range(2):
-        batches = [script.bucketed_rows(data, "train", 2, 3, step // 4)[step % 4] for step in range(12 * epoch, 12 + 12 * epoch)]
-        assert sorted(np.concatenate(batches)) == data.rows["train"].tolist()
-        seen.append(np.stack(batches).tolist())
-        spread = np.mean([np.ptp(data.length[rows]) for rows in batches])
-        assert spread < np.mean(np.abs(np.subtract.outer(data.length, data.length)[data.rows["train"]]))
-    assert seen[0] != seen[1] and config.batch_size == 2
-
+        mine = [micro for rank in ranks for micro in rank[2 * step:2 * step + 2]]
+        assert sum((micro[1] for micro in mine), []) == batch[1] and {micro[2:] for micro in mine} == {batch[2:]}
+        assert batch[2:] == (len(batch[1]), 8)
+    epochs = [np.concatenate([script.bucketed_rows(data, "train", 2, 3, 3 * epoch + i // 4)[i % 4] for i in range(12)])
+              for epoch in range(2)]                # 24 rows, and never two in one batch of 8
+    assert all(sorted(rows) == data.rows["train"].tolist() for rows in epochs) and list(epochs[0]) != list(epochs[1])
 
 # -------------------------------------------------------------------------------------------------------------- decoder
-def slow_attention(block, x, angles):
-    """One Block's attention, head by head and position by position."""
-    s, T, out = block.shape, len(x), torch.zeros(len(x), block.shape.heads * block.shape.head_dim, dtype=x.dtype)
-    q, k, v = block.qkv(block.norm1(x)).split([s.heads * s.head_dim, *[s.kv_heads * s.head_dim] * 2], 1)
-
-    def turned(rows, norm, head):
-        y = rows.view(T, -1, s.head_dim)[:, head]
-        y = getattr(block, norm)(y) if s.qk_norm else y
-        if angles is None:
-            return y
-        y = torch.complex(*y.chunk(2, 1)) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([y.real, y.imag], 1)
-    for head in range(s.heads):
-        of = head * s.kv_heads // s.heads           # neighbours share keys and values
-        query, key = turned(q, "q_norm", head), turned(k, "k_norm", of)
-        for t in range(T):
-            weight = (key[:t + 1] @ query[t] * block.scale).softmax(0)
-            out[t, head * s.head_dim:][:s.head_dim] = weight @ v.view(T, -1, s.head_dim)[:t + 1, of]
-    return x + block.out(out)
-
-
 @pytest.mark.parametrize("raw", KINDS.values(), ids=KINDS)
 @torch.no_grad()
 def test_the_decoder_is_causal_and_decodes_with_a_cache_what_it_sees_at_once(raw):
+    """What each kind computes is held against the library in test_hf.py."""
     model, tokens = random_model(raw, 5).double(), torch.arange(40).view(2, 20) * 37 % 257
-    whole, h = model(tokens), model(tokens, False)
-    angles = torch.outer(torch.arange(20.), script.rope_frequencies(model.shape)).double() if model.shape.rope else None
-    for i, block in enumerate(model.blocks):        # the MLP alone is left to the fixtures of test_hf.py
-        x, inside = noise(20, 16, seed=i), []
-        hook = block.norm2.register_forward_pre_hook(lambda _, x: inside.append(x[0][0]))
-        block(x[None], angles), hook.remove()
-        close(inside[0], slow_attention(block, x, angles), 1e-6)        # cosines are of float32
-        assert block.scale == 0.5 / (i + 1 if "scale_attn_by_inverse_layer_idx" in raw else 1) or model.shape.qk_norm
-    close(whole, h @ model.head_weight.T)
+    whole = model(tokens)
+    close(whole, model(tokens, False) @ model.head_weight.T)
     changed = tokens.clone()
     changed[:, 11] += 1
     moved = (model(changed) - whole).abs().amax((0, 2))
@@ -636,28 +506,25 @@ def test_the_decoder_is_causal_and_decodes_with_a_cache_what_it_sees_at_once(raw
     with pytest.raises(ValueError, match="513 positions, and the model has 512"):
         model(torch.zeros(1, 513, dtype=torch.int64))
 
-
 def test_dropout_is_in_training_alone(data, folder, models):
-    config = config_of(folder, models, dropout=0.4)
-    model, batch = build_model(config, data.vocab), get_batch(data, "train", 0, config)
+    model = build_model(config_of(folder, models, dropout=0.4), data.vocab)
 
     def h(seed, training):
         torch.manual_seed(seed)
-        return model.train(training)(batch["tokens"], False).detach()
+        return model.train(training)(data.table[None, :60].long(), False).detach()
     assert torch.equal(h(0, True), h(0, True)) and not torch.equal(h(0, True), h(1, True))
-    assert torch.equal(h(0, False), h(1, False)) and torch.equal(h(0, False), load_hf(models[1])(batch["tokens"], False))
-    assert not script.frozen_teacher(models[0], "float32", "cpu").training
-    assert not any(p.requires_grad for p in script.frozen_teacher(models[0], "float32", "cpu").parameters())
-
+    assert torch.equal(h(0, False), h(1, False))
+    assert torch.equal(h(0, False), load_hf(models[1])(data.table[None, :60].long(), False))
+    teacher = script.frozen_teacher(models[0], "float32", "cpu")
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_teacher_in_half_precision_says_nearly_the_same(own, models, dtype):
     wanted, grads = gradient_of(own, models, {}, False)
     found, other = gradient_of(own, models, {"teacher_dtype": dtype}, False)
     assert script.frozen_teacher(models[0], dtype, "cpu").head_weight.dtype == common.DTYPES[dtype]
-    close(found, wanted, 0.02), close(found[2], wanted[2], 1e-6)
-    assert found[1] != wanted[1] and found[1].isfinite() and {p.dtype for p in other.values()} == {torch.float32}
-
+    close(found, wanted, 0.02), close(found[[1, 4]], wanted[[1, 4]], 1e-6)
+    assert found[3] != wanted[3] and {p.dtype for p in other.values()} == {torch.float32}
 
 def test_generate():
     model, prompt = random_model(LLAMA | {"max_position_embeddings": 24}, 6, 0.6, vocab=200), [5, 9, 2]
@@ -673,8 +540,7 @@ def test_generate():
     assert drawn[0] == drawn[1] != drawn[2] and max(map(max, drawn)) < 200
     allowed = model(torch.tensor([prompt]))[0, -1, :200].topk(3)[1].tolist()
     first = [generate(model, prompt, 1, 5.0, 3, seed)[0] for seed in range(60)]
-    assert set(first) == {*allowed}
-
+    assert {*first} == {*allowed}
 
 # ------------------------------------------------------------------------------------------------------------- evaluate
 def scores_of(folder, models, fields, max_rows=0):
@@ -683,7 +549,6 @@ def scores_of(folder, models, fields, max_rows=0):
     if config.cache_teacher:
         data.cache = cached_teacher(script, config, data)
     return evaluate(build_model(config, data.vocab).train(), data, config, "val", max_rows)
-
 
 def slow_scores(config, data, models, rows):
     student, teacher, found = load_hf(models[1]), load_hf(models[0]), []
@@ -698,11 +563,9 @@ def slow_scores(config, data, models, rows):
         found.append(torch.stack([loss, ce, kl, teacher_ce], 1))
     return dict(zip(("loss", "ce", "kl", "teacher_ce"), torch.cat(found).mean(0).tolist()))
 
-
 def assert_same_scores(found, wanted, tolerance=2e-6):
     assert found.keys() == wanted.keys()
     close([*found.values()], [*wanted.values()], tolerance)
-
 
 @pytest.mark.parametrize("fields", [{}, {"divergence": "reverse", "alpha": 0.25, "temperature": 2.0}, {"alpha": 0.0}],
                          ids=str)
@@ -726,25 +589,19 @@ def test_evaluation_against_a_loop_per_row(data, folder, models, pair, monkeypat
         assert sorted(np.concatenate(batches)) == data.rows["train"].tolist()
         assert all(len(rows) == 1 or len(rows) * data.length[rows].max() <= most for rows in batches)
 
-
 def test_evaluation_asks_the_teacher_itself_where_there_is_a_cache(own, models):
     """DEFECT FOUND: get_rows gives the val split what the cache holds of train rows (begin is 0 there), and at T = 1
     evaluate() would take what was cached at another T: kl, teacher_ce, loss and the warning are wrong."""
     assert_same_scores(scores_of(own, models, {"cache_teacher": 8}), scores_of(own, models, {}))
 
-
 # ------------------------------------------------------------------------------------------ files, and defects by number
-@pytest.mark.parametrize("raw", KINDS.values(), ids=KINDS)
-def test_a_saved_folder_is_read_back_bit_for_bit(raw, tmp_path):
-    model = random_model(raw, 7)
-    save_hf(model, tmp_path / "hf")
-    again = load_hf(tmp_path / "hf")
-    assert again.shape == model.shape and not again.training and again.raw.items() >= raw.items()
-    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
-    assert all(p.dtype == torch.float16 for p in load_hf(tmp_path / "hf", dtype=torch.float16).parameters())
-
-
-def test_a_best_file_is_read_back_and_another_scripts_refused(folder, models, tmp_path):
+def test_files_are_read_back_bit_for_bit_and_those_of_another_script_refused(folder, models, tmp_path):
+    for name, raw in KINDS.items():
+        model = random_model(raw, 7)
+        save_hf(model, tmp_path / name)
+        again = load_hf(tmp_path / name)
+        assert again.shape == model.shape and not again.training and again.raw.items() >= raw.items()
+        assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
     model = build_model(config_of(folder, models), 257)
     for name, about in (("best", model.about), ("other", {"config": {"phase": "teacher"}})):
         write_file(tmp_path / f"{name}.safetensors", model_tensors(model), {"about": about, "step": 0})
@@ -752,7 +609,6 @@ def test_a_best_file_is_read_back_and_another_scripts_refused(folder, models, tm
     assert torch.equal(again(torch.ones(1, 9).long()), model(torch.ones(1, 9).long())) and not again.training
     with pytest.raises(ValueError, match="other.safetensors is of another script"):
         load_model(tmp_path / "other.safetensors")
-
 
 def refused(capsys, function, *arguments):
     """The one line on stderr of what ends with exit code 2."""
@@ -763,7 +619,6 @@ def refused(capsys, function, *arguments):
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
-
 def word_tokenizer(folder, words):
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "?"))
@@ -771,7 +626,6 @@ def word_tokenizer(folder, words):
     folder.mkdir(parents=True, exist_ok=True)
     inner.save(str(folder / "tokenizer.json"))
     return script.load_tokenizer(folder)
-
 
 def test_vocabularies_of_equal_size_that_mean_other_tokens_are_refused(tmp_path, capsys):
     """Defect 4."""
@@ -790,6 +644,11 @@ def test_vocabularies_of_equal_size_that_mean_other_tokens_are_refused(tmp_path,
     assert "4 of 10 ids differ, as 6: 'tripled' and 'mass'" in error and other in error
     assert "was prepared with another tokenizer" in refused(capsys, load_data, config_of(folder, (student, other)))
 
+def test_a_teacher_with_fewer_embeddings_than_its_tokenizer_has_ids_is_refused(folder, models, tmp_path, capsys):
+    """DEFECT FOUND: that of the student is (build_model), the teacher's ends in a RuntimeError of the first step."""
+    teacher = str(write_model(tmp_path / "short", LLAMA | {"vocab_size": 250}))
+    run = small_config(data_dir=folder, teacher=teacher, student=models[1], out_dir=tmp_path, run_name="r")
+    assert teacher in refused(capsys, script.train, run)
 
 def test_half_precision_without_a_gpu_is_float32_and_weights_always_are(folder, models, capsys):
     """Defect 5."""
@@ -798,16 +657,14 @@ def test_half_precision_without_a_gpu_is_float32_and_weights_always_are(folder, 
     assert config.dtype == "float32" and "--fp16: --dtype float32, since there is no GPU" in capsys.readouterr().out
     assert {p.dtype for p in build_model(config, 257).parameters()} == {torch.float32}
 
-
 def test_the_end_of_text_is_learnt_in_every_row(data):
     """Defect 6: it was the pad, and pads were masked."""
     for split, rows in data.rows.items():
         for row in rows:
             batch = get_rows(data, np.array([row, rows[0], rows[-1]]))
-            last = int(batch["place"].searchsorted(batch["tokens"].shape[1])) - 1      # of the first row
+            last = int(torch.searchsorted(batch["place"], batch["tokens"].shape[1])) - 1      # of the first row
             assert batch["targets"][last] == 256 and batch["asked"][last] == 1, (split, row)
             assert batch["place"][last] == data.length[row] - 1 and int((batch["targets"] == 256).sum()) == 3
-
 
 @pytest.mark.parametrize("words", [[], ["--dry_run"], ["--data_dir", "mine.jsonl"]], ids=str)
 def test_a_learning_rate_that_is_given_stays(words):
@@ -818,28 +675,23 @@ def test_a_learning_rate_that_is_given_stays(words):
     demo = script.DEMO["learning_rate"]
     assert settle(*parse_flags(Config, words, "", {})).learning_rate == (2e-5 if "--data_dir" in words else demo)
 
-
 def test_the_warm_up_is_a_share_of_the_steps_of_this_run():
     """Defect 8: that of a dry run was the whole run's."""
     config = Config(learning_rate=1.0, min_lr=0.1)
-    for steps, warmup in ((420, 42), (5, 1), (20, 2), (1, 1)):
+    for steps, warmup in ((420, 42), (5, 1), (20, 2)):
         rates = [lr_at(step, steps, config) for step in range(steps + 1)]
         assert rates[:warmup] == [(i + 1) / warmup for i in range(warmup)] and max(rates) == 1
         assert rates[warmup:] == sorted(rates[warmup:], reverse=True) and rates[-1] == pytest.approx(0.1)
     assert lr_at(0, 420, dataclasses.replace(config, warmup_steps=4)) == 0.25
     assert lr_at(231, 420, config) == pytest.approx(0.55)               # half way down
 
-
 def test_no_code_of_a_folder_is_run():
     """Defect 9."""
     sources = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/*/*.py")]
     assert len(sources) > 20 and not [path for path in sources if "trust_remote" + "_code" in path.read_text()]
 
-
 def test_an_adapter_without_its_base_is_refused(folder, models, tmp_path, capsys):
     """Defect 10."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    shutil.copy(f"{models[0]}/model.safetensors", tmp_path / "adapter_model.safetensors")
-    for function, *words in ((load_hf, tmp_path), (main_here, "--teacher", tmp_path, "--data_dir", folder),
-                             (main_here, "--teacher", models[0], "--student", tmp_path, "--data_dir", folder)):
-        assert "LoRA adapter" in refused(capsys, function, *words)
+    for words in (("--teacher", tmp_path), ("--teacher", models[0], "--student", tmp_path)):
+        assert "LoRA adapter" in refused(capsys, main_here, *words, "--data_dir", folder)

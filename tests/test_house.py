@@ -24,7 +24,8 @@ SCRIPTS = {"train_edl.py": train_edl, "train_student.py": train_student, "train_
            "train_logbert.py": train_logbert}
 PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/spectra/prepare.py": prepare_spectra,
            "data/text/prepare.py": prepare_text, "data/logs/prepare.py": prepare_logs}
-VERBS = {"train_student.py": search, "train_distill.py": report}    # where the flags of a script's verbs are, if not in the script
+# where the flags of a script's verbs are, if not in the script
+VERBS = {"train_student.py": search, "train_distill.py": report}
 BUDGET = dict.fromkeys(SCRIPTS, 750) | {"common.py": 350, "runs.py": 350, "autopsy.py": 220}
 
 

@@ -96,6 +96,21 @@ def floor_line(one):
     return f"chance {one['chance']:.4f}, always the most frequent answer {one['most_frequent']:.4f}"
 
 
+ANSWERS = {}                                        # of teachers that several students share
+
+
+def once(name, config, script, model, tokenizer, questions, log):
+    """choices(), of the same teacher and questions once."""
+    if name != "teacher":
+        return choices(script, model, tokenizer, questions, log)
+    stamps = sorted((path.name, path.stat().st_mtime_ns) for path in Path(config.teacher).iterdir())
+    key = repr((stamps, config.teacher, config.teacher_dtype, model.vocab, questions))
+    if key not in ANSWERS:
+        ANSWERS.clear()
+        ANSWERS[key] = choices(script, model, tokenizer, questions, log)
+    return ANSWERS[key]
+
+
 def table(script, model, data, config, scores, folder, log=print, stem="eval", questions=None):
     """evaluate()'s answers by split -> dict of what there is to say of a model, its teacher, if config has one, and
     n-grams: scores with perplexity, choices by column, table by column and row. questions: instead of the data's.
@@ -116,7 +131,7 @@ def table(script, model, data, config, scores, folder, log=print, stem="eval", q
     ce |= {name: {at: ngram.ce(data, at, order) for at in scores} for name, order in orders.items()}
     asked = {}
     if questions:
-        asked = {name: choices(script, one, data.tokenizer, questions, log) for name, one in models.items()}
+        asked = {name: once(name, config, script, one, data.tokenizer, questions, log) for name, one in models.items()}
         asked |= {name: ngram.choices(data.tokenizer, questions, order) for name, order in orders.items()}
     perplexity = {name: {at: math.exp(min(x, 700.0)) for at, x in of.items()} for name, of in ce.items()}
     columns = {name: {f"{split} CE": of[split], f"{split} perplexity": perplexity[name][split]}
@@ -198,8 +213,8 @@ def comparison(config, log=print):
     steps = {group: [curve[-1]["step"] if curve else None for _, curve in of] for group, of in read.items()}
     for line in lines_of([(name, cells[name]) for name in dict.fromkeys(order)]):
         log(line)
-    log(f"seeds {', '.join(map(str, seeds))}: mean +- standard deviation; difference: {taught} less {alone} by seed, its "
-        "mean [lowest, highest]")
+    log(f"seeds {', '.join(map(str, seeds))}: mean +- standard deviation; difference: {taught} less {alone} by seed, "
+        "its mean [lowest, highest]")
     done = sorted({x for of in steps.values() for x in of if x is not None})
     log(" or ".join(f"{x:,}" for x in done) + " steps each" + ": NOT equal, so they compare nothing" * (len(done) > 1))
     asked = first["choices"].get("model", {"n": 0})
