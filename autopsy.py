@@ -203,6 +203,8 @@ def main(folder):
         seed_step(config.seed, event["step"], event["rank"], event["micro"])
         with autocast(device, DTYPES[event["dtype"]]):
             return script.compute_loss(model, batch, event["step"], config)[0]
+    with torch.no_grad():                           # what is loaded at its first use, as a teacher, is no part of it
+        replay()
     print(dissect(model, replay, batch, f"step {event['step']} rank {event['rank']} micro-batch {event['micro']}")[0])
 
 

@@ -254,8 +254,8 @@ def utilization(config, data, rate, device):
     """What else is known of a GPU that trains on so many molecules/s."""
     size = sum(p.numel() for p in new_model(edl, config, data, device).parameters())
     flops = 6 * size * rate * data.length[data.rows["train"]].mean()
-    return (f"; {mfu(flops, device)} (6 x {size:,} parameters x tokens/s); computed: {MOSES / rate:,.0f} s for {MOSES:,} "
-            "molecules")
+    return (f"; {mfu(flops, device)} (6 x {size:,} parameters x tokens/s); computed: {MOSES / rate:,.0f} s for "
+            f"{MOSES:,} molecules")
 
 def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
     transformers, data = peer("transformers"), edl.load_data(config, device)
@@ -553,23 +553,26 @@ def random_rows(config, device, vocab, n=64):
     table = torch.from_numpy(np.random.default_rng(0).integers(vocab, size=n * length, dtype=np.int32)).to(device)
     return Data(table, rows * length, np.full(n, length - 1), np.zeros(n, np.int64), {"train": rows}, vocab, None, None)
 
-@contextlib.contextmanager
-def distill_setting(device, config, full=False, most=0):
-    """-> the rows (at most so many), and the Config of a GPT-2 and its teacher of random weights in two folders, with
-    GPT-2's 50257 ids however few the rows have."""
+def distill_rows(device, config, full=False, most=0):
+    """The rows, at most so many, with GPT-2's 50257 ids however few of them they use -> Data"""
     vocab = 1000 if config.dry_run else 50257
     own = dataclasses.replace(config, student="tiny", teacher="")   # a set's tokenizer is not that of random models
     data = random_rows(config, device, vocab) if full else distill.load_data(own, device)
     rows = np.random.default_rng(0).permutation(data.rows["train"])
-    data = dataclasses.replace(data, vocab=max(vocab, data.vocab), rows={"train": rows[:most or None]})
+    return dataclasses.replace(data, vocab=max(vocab, data.vocab), rows={"train": rows[:most or None]})
+
+@contextlib.contextmanager
+def distill_models(device, config, vocab):
+    """-> the Config of a GPT-2 and its teacher, of random weights, in two folders."""
+    sizes = GPT2S["dry" if config.dry_run else device.type]
     with tempfile.TemporaryDirectory() as folder:
-        for name, (width, layers, heads) in zip(("student", "teacher"), GPT2S["dry" if config.dry_run else device.type]):
-            torch.manual_seed(len(name))
+        folders = {name: f"{folder}/{name}" for name in ("student", "teacher")}
+        for seed, (path, (width, layers, heads)) in enumerate(zip(folders.values(), sizes)):
+            torch.manual_seed(seed)
             distill.save_hf(distill.Decoder({
-                "model_type": "gpt2", "vocab_size": data.vocab, "n_positions": config.max_length, "n_embd": width,
-                "n_layer": layers, "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-                f"{folder}/{name}")
-        yield data, dataclasses.replace(config, student=f"{folder}/student", teacher=f"{folder}/teacher")
+                "model_type": "gpt2", "vocab_size": vocab, "n_positions": config.max_length, "n_embd": width,
+                "n_layer": layers, "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}), path)
+        yield dataclasses.replace(config, **folders)
 
 def original_loss(logits, teacher_logits, ce, config):
     """As one writes it first: the divergence is a sum over tokens and pads, divided by rows."""
@@ -589,8 +592,8 @@ def taken(data, step, config):
     return windows(step // size)[step % size]
 
 def trainer_steps(device, config, data, steps, length=0):
-    """-> a side: `steps` optimizer steps on our batches, padded to length, or to their longest, of transformers' Trainer
-    with original_loss; and a list of which share of a piece was over when its first loss was asked for."""
+    """-> a side: `steps` optimizer steps of transformers' Trainer with original_loss, on our batches, padded to length,
+    or to their longest; and a list of which share of a piece was over when its first loss was asked for."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     model, teacher = (transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
@@ -617,9 +620,7 @@ def trainer_steps(device, config, data, steps, length=0):
         learning_rate=config.learning_rate, max_grad_norm=config.grad_clip, bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu", train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[],
         disable_tqdm=True, save_strategy="no", logging_strategy="no")
-    if device.type == "cuda":
-        assert arguments.n_gpu
-        arguments._n_gpu = 1                        # or it would take all GPUs of the machine
+    arguments._n_gpu = min(1, arguments.n_gpu)      # or it would take all GPUs of the machine
     trainer = Distiller(model, arguments, collate)
     trainer.remove_callback(transformers.PrinterCallback)
 
@@ -634,8 +635,9 @@ def trainer_steps(device, config, data, steps, length=0):
 
 def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached=False, full=None):
     full = device.type == "cuda" and not longest if full is None else full      # a GPU's MFU is that of full rows
-    length, there = 0 if longest else config.max_length, peer("transformers") and peer("accelerate")
-    with distill_setting(device, config, full, 96 * cached) as (data, config):
+    length, there = 0 if longest else config.max_length, peer("accelerate") and peer("transformers")
+    data = distill_rows(device, config, full, 96 * cached)
+    with distill_models(device, config, data.vocab) as config:
         data.folder, online = Path(config.student).parent, our_steps(distill, device, config, steps, data=data)
         sides, startup, extra, what = [online], [], [], ""
         if cached:
@@ -661,15 +663,15 @@ def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached
             f", ours above {np.median(rates[0] / other):.1f}x that" if cached else
             f", {np.median(other / rates[1]):.1f}x the peer" if there else "")
     if startup:
-        more += f"; start-up is {np.median(startup):.1%} of the peer's time"
-    rows = f"{steps} optimizer steps of {config.batch_size} " + (
-        f"rows of {config.max_length} random tokens" if full else "rows, "
-        f"{data.asked[data.rows['train']].sum() / data.length[data.rows['train']].sum():.0%} of their tokens supervised")
+        more += f"; {np.median(startup):.1%} of the peer's time is start-up"
+    share = data.asked[data.rows["train"]].sum() / data.length[data.rows["train"]].sum()
+    rows = f"optimizer steps of {config.batch_size} rows" + (
+        f" of {config.max_length} random tokens" if full else f", {share:.0%} of their tokens supervised")
     return Row("tokens/s, without pads", ">= 2x" if cached else ">= 1x" if longest else ">= 1.5x",
                "transformers accelerate", np.array(rates), memory,
-               f"{rows}, GPT-2s of {data.vocab:,} ids, teacher {'cached, 64 a token' if cached else 'asked each time'}, "
-               f"guard; transformers Trainer, KL of all positions, the same weights and batches, padded to "
-               f"{length or 'their longest'}{more}")
+               f"{rows}, GPT-2s of {data.vocab:,} ids, teacher {'cached, 64 a token' if cached else 'asked each time'},"
+               f" guard; transformers Trainer, {steps} step{'s' * (steps > 1)} a piece, KL of all positions, the same "
+               f"weights and batches, padded to {length or 'their longest'}{more}")
 
 def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
     torch.manual_seed(0)
@@ -699,21 +701,20 @@ def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
     return Row("positions/s", "<= 100 MiB on a CPU", "", rates, memory,
                f"loss and backward of {n} supervised positions of {B} x {T}, widths {widths[0]} and {widths[1]}: "
                f"{memory[0] / 2 ** 20:,.0f} MiB; logits (B, T, V) of both models, the same formula as the Trainer's: "
-               f"{memory[1] / 2 ** 20:,.0f} MiB; without weights, inputs and their gradients, of which the head's V x D "
-               "is in both")
+               f"{memory[1] / 2 ** 20:,.0f} MiB; both above weights and inputs and without the gradients of these")
 
 def tell_memory(kind, config, steps, ours):
     """A process of distill_memory: takes the steps and prints its peak in MB."""
     device, config = launch(kind), distill.Config(**config)
-    with distill_setting(device, config) as (data, _):
-        (our_steps(distill, device, config, steps, data=data) if ours else
-         trainer_steps(device, config, data, steps, config.max_length)[0])()
+    data = distill_rows(device, config)
+    (our_steps(distill, device, config, steps, data=data) if ours else
+     trainer_steps(device, config, data, steps, config.max_length)[0])()
     # not getrusage's ru_maxrss: that begins with the peak of the process that started this one
     print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6)
 
 def distill_memory(device, pairs, config, steps=3):
-    with distill_setting(device, config) as (_, config):
-        there = peer("transformers") and peer("accelerate")
+    vocab, there = distill_rows(device, config).vocab, peer("accelerate") and peer("transformers")
+    with distill_models(device, config, vocab) as config:
         told = [subprocess.run(
             [sys.executable, __file__, "--worker", json.dumps(["memory", device.type, vars(config), steps, ours])],
             text=True, check=True, stdout=subprocess.PIPE, env=os.environ | dict(
@@ -723,9 +724,9 @@ def distill_memory(device, pairs, config, steps=3):
                f"libraries; the peer's, padded to {config.max_length}; one of each")
 
 def distill_guard(device, pairs, config, steps=2, turns=3):
-    with distill_setting(device, config) as (data, config):
+    data = distill_rows(device, config)
+    with distill_models(device, config, data.vocab) as config:
         return guard_cost(device, pairs, config, distill, "rows/s", steps, turns, data)
-
 # ------------------------------------------------------------------------------------------------------------- main
 TINY = dict(steps=1, turns=1)
 EDL_GUARD, LOGBERT_GUARD = dict(script=edl, unit="molecules/s"), dict(script=logbert, unit="sessions/s")

@@ -30,6 +30,8 @@ divergence, arXiv 2306.13649, eq. 1). Hsu et al. 2024 (Liger: chunked losses, ar
 import dataclasses
 import functools
 import math
+import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -44,12 +46,12 @@ from torch import nn
 
 from common import (DTYPES, RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, global_rows, launch,
                     listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set, made_set, or_fail
+from data.files import demo_set, file_sha256, made_set, or_fail
 from data.text import report
 from data.text.cache import cached_teacher
 from data.text.hf import SIZES, read_config, read_weights, rope_frequencies, shape_of, write_folder
-from data.text.tables import TAUGHT, get_rows, packed, read_folder
-from data.text.tokens import load_tokenizer as read_tokenizer, shared_size
+from data.text.tables import TAUGHT, get_rows, packed, read_folder, share
+from data.text.tokens import load_tokenizer as read_tokenizer
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file,
                   restore, resume_config, save_checkpoint, steps_in, write_file)
 
@@ -138,18 +140,12 @@ def load_data(config, device="cpu"):
     if not config.data_dir:
         folder = demo_set("text", "demo300" if config.dry_run else "demo", device, *["--limit", "300"] * config.dry_run)
     elif folder.is_file():
-        key = load_tokenizer(holders[0]).fingerprint[:8] if holders else "bytes"
+        key = f"{file_sha256(folder)[:8]}-{load_tokenizer(holders[0]).fingerprint[:8] if holders else 'bytes'}"
+        name = (re.sub(r"\W", "_", folder.name.split(".")[0]) or "rows") + f"-{key}"
         more = ["--tokenizer", holders[0]] if holders else []
-        folder = made_set("text", f"{folder.name.split('.')[0]}-{key}", device, "--input", config.data_dir, *more)
+        folder = made_set("text", name, device, "--input", config.data_dir, *more)
     data = or_fail(read_folder, folder, config.max_length, config.train_on_prompt, device)
-    for holder in holders:                          # the student's ids are those of the data; the teacher's may be more
-        other = load_tokenizer(holder)
-        if holder == config.model and other.fingerprint != data.tokenizer.fingerprint:
-            fail(f"--data_dir {folder} was prepared with another tokenizer than {holder}'s: make it again with "
-                 f"python data/text/prepare.py --input FILE --name N --tokenizer {holder}")
-        data.vocab = min(data.vocab, or_fail(shared_size, other, data.tokenizer, (holder, str(folder))))
-    if int(data.table.max()) >= data.vocab:
-        fail(f"--data_dir {folder}: id {int(data.table.max()):,} is in its rows, the models share {data.vocab:,} ids")
+    or_fail(share, data, holders, config.model)
     return data
 
 
@@ -161,7 +157,7 @@ WINDOW = 4                                          # global batches that are so
 def bucketed_rows(data, split, global_batch, seed, window):
     """The rows of the window-th run of WINDOW global batches, (WINDOW, global_batch), each batch of similar lengths."""
     rows = data.rows[split]
-    size = max(1, min(WINDOW, len(rows) // global_batch))
+    size = max(1, min(WINDOW, len(rows) // global_batch // 4))      # else an epoch's batches would repeat
     taken = rows[global_rows(len(rows), size * global_batch, seed, window)]
     batches = taken[np.argsort(data.length[taken], kind="stable")].reshape(size, global_batch)
     return np.random.default_rng([seed, window]).permutation(batches)
@@ -171,7 +167,7 @@ def get_batch(data, split, step, config, micro=0):
     """This rank's micro-batch of a step: get_rows, with count (supervised positions of the whole step, all ranks) and
     rows (its rows)."""
     global_batch = config.batch_size * config.grad_accum * world_size()
-    size = max(1, min(WINDOW, len(data.rows[split]) // global_batch))
+    size = max(1, min(WINDOW, len(data.rows[split]) // global_batch // 4))
     rows = bucketed_rows(data, split, global_batch, config.seed, step // size)[step % size]
     return get_rows(data, local_rows(rows, micro, config.grad_accum), 0, config.kd_reduction == "batchmean") | {
         "count": int(data.asked[rows].sum()), "rows": global_batch, "micro": micro}
@@ -297,8 +293,6 @@ def build_model(config, vocab):
         model = load_hf(config.model, "cpu", torch.float32, config.dropout, vocab)
     else:
         model = Decoder(SIZES[config.model] | {"vocab_size": vocab}, config.dropout, vocab)
-    if model.shape.vocab_size < vocab:
-        fail(f"{config.model} has {model.shape.vocab_size:,} rows of embeddings, its tokenizer {vocab:,} ids")
     model.about = {"config": dataclasses.asdict(config), "raw": model.raw, "vocab": vocab}
     return model
 
@@ -474,11 +468,12 @@ def tell(step, batch, taught, parts, config, vocab):
 @torch.no_grad()
 def evaluate(model, data, config, split="val", max_rows=0):
     """Means over the supervised positions of a split (of max_rows of its rows, always the same; 0: all) -> dict, equal
-    on all ranks: loss, the training's; ce of the model, nats per token, which chooses checkpoints; kl to the teacher at
-    T = 1 and teacher_ce, in the phase of a student."""
+    on all ranks: loss, the training's with token means; ce of the model, nats per token, which chooses checkpoints; of
+    a student also kl to the teacher at T = 1, and teacher_ce."""
     model, device, rows = unwrap(model), data.table.device, data.rows[split]
     rows = np.random.default_rng(0).permutation(rows)[:max_rows] if max_rows else rows
-    was_training, dtype, total = model.training, pick_dtype(config.dtype, device)[0], torch.zeros(2, len(PARTS))
+    was_training, dtype, total = model.training, pick_dtype(config.dtype, device)[0], torch.zeros(2, 5).double()
+    data = dataclasses.replace(data, cache=None)    # that holds what the teacher said at another T, of training rows
     model.eval()
     for some in packed(data, rows[rank()::world_size()]):
         batch = get_rows(data, some)
@@ -490,8 +485,8 @@ def evaluate(model, data, config, split="val", max_rows=0):
                 values = ChunkedLoss.apply(h, model.head_weight, batch["targets"], batch["asked"], taught, mix)[1]
                 total[i] += values.cpu()
     model.train(was_training)
-    total = total.double().to(device)
     if world_size() > 1:
+        total = total.to(device)
         dist.all_reduce(total)
     (kl, ce, teacher_ce), kd = (total[0, 2:] / data.asked[rows].sum()).tolist(), total[1, 2] / data.asked[rows].sum()
     if not config.teacher:
@@ -546,12 +541,12 @@ def run_training(config, device):
     name, chain = config.run_name, []
     if config.phase != "teacher":
         if not config.teacher:
-            first = dataclasses.replace(config, phase="teacher", run_name=f"{name}-teacher")
+            first = dataclasses.replace(config, phase="teacher", run_name=f"{name}-teacher", compare=0)
             chain.append(dataclasses.replace(first, max_epochs=config.teacher_epochs or config.max_epochs))
             config = dataclasses.replace(config, teacher=str(Path(config.out_dir) / first.run_name / "hf"))
         config = dataclasses.replace(config, phase="student")
         for i in range(config.compare):             # from equal weights, on equal rows, for as many steps
-            one = dataclasses.replace(config, seed=config.seed + i)
+            one = dataclasses.replace(config, seed=config.seed + i, compare=0)
             chain.append(dataclasses.replace(one, alpha=0.0, run_name=f"{name}-ce{i}"))
             chain += [dataclasses.replace(one, run_name=f"{name}-kd{i}")] * (i > 0)
     for one in (*chain, config):
@@ -572,6 +567,8 @@ def run_phase(config, device):
         fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
     frozen_teacher.cache_clear()
     data = load_data(config, device)
+    if config.teacher:                              # what is wrong with it is said now
+        frozen_teacher(config.teacher, config.teacher_dtype, str(device))
     torch.manual_seed(config.seed)
     raw_model = build_model(config, data.vocab).to(device)
     if config.cache_teacher and config.teacher and config.alpha:
@@ -626,7 +623,8 @@ def run_phase(config, device):
   Learning rate: {config.learning_rate}   Max gradient norm: {config.grad_clip}
   Warmup steps: {warmup} ({warmup / max_steps:.0%} of {max_steps} total steps)
   Temperature: {config.temperature}   Alpha: {config.alpha}   Divergence: {config.divergence}
-  FP16: {dtype == torch.float16}   Device: {device}   {config.phase}: {config.model}   teacher: {config.teacher or "-"}""")
+  FP16: {dtype == torch.float16}   Device: {device}   Teacher: {config.teacher or "none"}
+  {config.phase.title()}: {config.model} ({"a folder" if Path(config.model).is_dir() else "a size, random weights"})""")
     try:
         for step in range(start, max_steps + 1):    # one extra turn, so that the last state is evaluated and saved
             last, stop = step == max_steps, guard.stop_requested
@@ -697,6 +695,7 @@ def run_phase(config, device):
 # ------------------------------------------------------------------------------------------------------------ main
 def settle(config, given):
     """Fill in what the flags left open and refuse what cannot work for this model -> Config"""
+    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     single = {"compare"} if config.phase or config.teacher else set()
     demo, dry = ({name: x for name, x in preset.items() if name not in single} for preset in (DEMO, DRY))
     if not config.data_dir:                         # before complete(), so that a resume keeps what it had
@@ -705,7 +704,7 @@ def settle(config, given):
     if config.fp16:
         cuda = config.device != "cpu" and torch.cuda.is_available()
         config = dataclasses.replace(config, dtype="float16" if cuda else "float32")
-        print(f"--fp16: --dtype {config.dtype}" + ", since there is no GPU" * (not cuda))
+        say(f"--fp16: --dtype {config.dtype}" + ", since there is no GPU" * (not cuda))
     low = dict.fromkeys(("temperature", "max_epochs", "max_length"), 1e-3) | dict.fromkeys((
         "teacher_epochs", "cache_teacher", "alpha", "beta", "warmup_ratio", "dropout", "eval_rows", "compare"), 0)
     for name, least in low.items():
@@ -722,15 +721,15 @@ def settle(config, given):
         fail("--beta 0 and 1 make --divergence jsd 0: use forward or reverse; --dropout must be below 1")
     if config.cache_teacher and config.kd_reduction == "batchmean":
         fail("--cache_teacher holds supervised positions, --kd_reduction batchmean wants all: leave one of them out")
-    for flag, name in {flag: getattr(config, flag) for flag in ("student", "teacher_size", "teacher")}.items():
-        if flag == "teacher" and not name:
-            break
+    used = ["teacher"] * bool(config.teacher) + ["student"] * (config.phase != "teacher")
+    for flag in used + ["teacher_size"] * (not config.teacher):
+        name = getattr(config, flag)
         if not Path(name).is_dir() and (flag == "teacher" or name not in SIZES):
             fail(f"--{flag} {name}: no such folder" + f", and not one of {', '.join(SIZES)}" * (flag != "teacher"))
         raw = or_fail(read_config, Path(name)) if Path(name).is_dir() else SIZES[name] | {"vocab_size": 1}
         positions = or_fail(shape_of, raw, name).n_positions
         if positions < config.max_length:
-            print(f"--max_length {positions}: {name} has no more positions")
+            say(f"--max_length {positions}: {name} has no more positions")
             config = dataclasses.replace(config, max_length=positions)
     return config
 

@@ -49,11 +49,10 @@ def build_set(folder, limit=120, seed=0):
 
 
 def write_set(folder, rows, tokenizer=None, name="mine"):
-    """A prepared set of (instruction, response) or of whole dicts, in folder/name -> its path; the first two thirds of
-    the tuples are train's, then val's."""
+    """A set of (instruction, response), two thirds train's and then val's, or of whole dicts -> folder/name."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row if isinstance(row, dict) else {"instruction": row[0], "response": row[1],
-                                               "split": "train" if 3 * i < 2 * len(rows) else "val"}
+    rows = [row if isinstance(row, dict) else
+            dict(instruction=row[0], response=row[1], split="train" if 3 * i < 2 * len(rows) else "val")
             for i, row in enumerate(rows)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--tokenizer", str(tokenizer)] if tokenizer else []
@@ -61,7 +60,7 @@ def write_set(folder, rows, tokenizer=None, name="mine"):
 
 
 def random_model(raw=LLAMA, seed=0, std=0.3, **fields):
-    """A Decoder in eval mode whose weights are far from their start: its logits are not flat, its biases not 0."""
+    """A Decoder in eval mode whose weights are far from their start: no flat logits, no bias of 0."""
     torch.manual_seed(seed)
     model = train_distill.Decoder(raw, **fields).eval()
     for p in model.parameters():
@@ -78,8 +77,8 @@ def write_model(folder, raw=LLAMA, seed=0, std=0.3, tokenizer=Bytes()):
 
 def small_config(**fields):
     """A Config of SMALL and the fields, after settle()."""
-    fields = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
-    return train_distill.settle(train_distill.Config(**SMALL | fields), {*vars(train_distill.Config())})
+    config = train_distill.Config(**SMALL | {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()})
+    return train_distill.settle(config, {*vars(config)})
 
 
 def fields_of(data_dir, folder, fields):
@@ -97,8 +96,7 @@ def with_signals(function, *arguments):
 
 
 def train_here(data_dir, folder, **fields):
-    """Train in this process -> train()'s answer; the run is in folder. Without phase and teacher: a chain, see
-    run_training."""
+    """Train in this process -> train()'s answer; without phase and teacher a chain, see run_training."""
     return with_signals(train_distill.train, small_config(**fields_of(data_dir, folder, fields)))
 
 
@@ -148,8 +146,8 @@ def assert_same_run(folder, straight, steps=20):
     rows, wanted_rows = metrics_of(folder), metrics_of(straight)
     assert max(Counter((row["step"], row["split"]) for row in rows).values()) == 1
     assert [row for row in rows if row["split"] == "val"] == [row for row in wanted_rows if row["split"] == "val"]
-    one, other = (strict(path / "eval.json") for path in (folder, straight))
-    assert {**one, "run_name": "", "teacher": ""} == {**other, "run_name": "", "teacher": ""}
+    one, other = (strict(path / "eval.json") | {"run_name": "", "teacher": ""} for path in (folder, straight))
+    assert one == other
 
 
 # ------------------------------------------------------------------------------- in the two processes of the fixture

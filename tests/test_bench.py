@@ -1,4 +1,5 @@
 """bench.py: that its rows run, what they say without their peer, and how a ratio is made. Speed is not tested."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 import bench
-from bench import edl, logbert, student
+from bench import distill, edl, logbert, student
 
 CPU, TINY = torch.device("cpu"), dict(dry_run=True, batch_size=8, n_layer=1, n_head=2, n_embd=16)       # the small demo
 SMALL = {edl: edl.Config(**TINY, dropout=0.0), logbert: logbert.Config(**TINY),
-         student: student.Config(**student.DRY | dict(dry_run=True, batch_size=8, phase="student"))}
+         student: student.Config(**student.DRY | dict(dry_run=True, batch_size=8, phase="student")),
+         distill: distill.Config(**distill.DRY | dict(dry_run=True, batch_size=3, phase="student", learning_rate=3e-3))}
 SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
 
 
@@ -240,6 +242,166 @@ def test_gine_of_torch_geometric_is_ours(installed, spectra, monkeypatch):
     assert row.rates.shape == (2, 2) and "x (" in bench.ratio(row)
 
 
+# ----------------------------------------------------------------------------------------- peers of train_distill
+def text_rows(pairs):
+    """The rows that have the Trainer beside them, tiny."""
+    config, tiny = SMALL[distill], dict(steps=1, turns=1)
+    return [bench.distill_train(CPU, pairs, config, **tiny), bench.distill_train(CPU, pairs, config, **tiny, full=True),
+            bench.distill_train(CPU, pairs, config, **tiny, longest=True),
+            bench.distill_train(CPU, pairs, config, **tiny, longest=True, cached=True)]
+
+
+@pytest.mark.parametrize("gone", ["transformers", "accelerate"])
+def test_a_missing_trainer_is_said(gone, monkeypatch):
+    monkeypatch.setitem(sys.modules, gone, None)
+    before = sorted(os.listdir(distill.load_data(SMALL[distill]).folder))
+    for row in [*text_rows(1), bench.distill_memory(CPU, 1, SMALL[distill], steps=1)]:
+        assert f"| - | {row.unit} | not installed: pip install transformers accelerate |" in bench.line("name", row)
+        assert row.rates.shape == (1, 1) and row.rates[0, 0] > 0
+    assert sorted(os.listdir(distill.load_data(SMALL[distill]).folder)) == before         # no cache is left there
+
+
+def test_rows_with_the_trainer(capsys):
+    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    padded, full, longest, cached = text_rows(2)
+    for row in padded, full, longest, cached:
+        assert row.rates.shape == (2, 2) and (row.rates > 0).all() and "x (" in bench.ratio(row)
+        assert "of the peer's time is start-up" in row.compared and "; MFU - (6 x 27,504 + 2 x 73,8" in row.compared
+    assert "padded to 512" in padded.compared and "512 random tokens" in full.compared
+    assert "with --train_on_prompt: " in longest.compared and "x the peer" in longest.compared
+    assert "cached, 64 a token" in cached.compared and "x that" in cached.compared
+    out = capsys.readouterr().out
+    assert "loss" not in out and "{" not in out     # neither of them talks during what is timed
+
+
+@pytest.fixture
+def small_text():
+    """Rows and two models, of far from flat weights."""
+    data = bench.distill_rows(CPU, SMALL[distill])
+    with bench.distill_models(CPU, SMALL[distill], data.vocab) as config:
+        for folder in config.student, config.teacher:
+            torch.manual_seed(len(folder))
+            model = distill.load_hf(folder)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) / 5)
+            distill.save_hf(model, folder)
+        yield data, config
+
+
+def sums(logits, taught, tokens, asked, T):
+    """Of one row, in float64: T^2 KL(teacher || student) of each position; and of the asked ones the cross-entropy."""
+    log_p, log_q = (taught.double() / T).log_softmax(-1), (logits.double() / T).log_softmax(-1)
+    ce = -logits.double().log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+    return T ** 2 * (log_p.exp() * (log_p - log_q)).sum(1), ce[asked[:-1]]
+
+
+@pytest.mark.parametrize("length", [0, 200])
+def test_the_trainer_takes_our_rows_and_the_original_formula(length, small_text, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    (data, config), seen, plain = small_text, [], bench.original_loss
+    monkeypatch.setattr(bench, "original_loss", lambda *about: seen.append((about, plain(*about))) or seen[-1][1])
+    side, startup = bench.trainer_steps(CPU, config, data, 2, length)
+    assert side() == 2 * config.batch_size and side() and len(seen) == 4 and len(startup) == 2
+    models = [transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
+              for folder in (config.student, config.teacher)]
+    rows = [bench.taken(data, bench.FIRST + i, config) for i in range(4)]
+    width = length or data.length[rows[0]].max() + 1
+    kd, ce, fine = 0.0, [], 0
+    for row in rows[0]:
+        n = data.length[row] + 1
+        tokens, place = data.table[data.start[row]:data.start[row] + n].long(), torch.arange(width)
+        ids = torch.cat([tokens, tokens.new_zeros(width - n)])
+        with torch.no_grad():
+            logits, taught = (model(input_ids=ids[None], attention_mask=(place < n).long()[None]).logits[0]
+                              for model in models)
+            own = distill.load_hf(config.student)(tokens[None])[0]
+        torch.testing.assert_close(own, logits[:n].float(), rtol=0, atol=1e-3)
+        each, asked = sums(logits, taught, ids, (place >= data.first[row]) & (place < data.length[row]), 3.0)
+        kd, fine = kd + each.sum(), fine + int(data.asked[row])
+        ce.append(asked)
+    ce = torch.cat(ce)
+    (logits, _, its_ce, _), loss = seen[0]
+    assert logits.shape == (config.batch_size, width, data.vocab) and len(ce) == fine
+    assert its_ce.item() == pytest.approx(float(ce.mean()), rel=1e-5) and float(ce.mean()) > 1
+    assert loss.item() == pytest.approx(float(0.5 * kd / config.batch_size + 0.5 * ce.mean()), rel=1e-4)
+    assert [len(about[0][0]) for about, _ in seen] == ([width] * 4 if length else [
+        data.length[some].max() + 1 for some in rows])           # it goes on where it was
+    assert float(seen[0][1]) != float(seen[1][1])
+
+
+def test_our_loss_is_the_mean_over_supervised_tokens(small_text):
+    data, config = small_text
+    batch, rows = distill.get_batch(data, "train", bench.FIRST, config), bench.taken(data, bench.FIRST, config)
+    models, kd, ce = [distill.load_hf(folder).double() for folder in (config.student, config.teacher)], [], []
+    for row in rows:
+        tokens = data.table[data.start[row]:data.start[row] + data.length[row] + 1].long()
+        with torch.no_grad():
+            logits, taught = (model(tokens[None])[0] for model in models)
+        asked = torch.arange(len(tokens)).ge(int(data.first[row])) & torch.arange(len(tokens)).lt(len(tokens) - 1)
+        each, some = sums(logits, taught, tokens, asked, 3.0)
+        kd.append(each[asked])
+        ce.append(some)
+    kd, ce = torch.cat(kd), torch.cat(ce)
+    loss, parts = distill.compute_loss(distill.load_hf(config.student), batch, bench.FIRST, config)
+    assert len(kd) == len(ce) == batch["count"] and config.kd_reduction == "token"
+    assert float(parts["kd"]) == pytest.approx(float(kd.mean()), rel=1e-4) and float(kd.mean()) > 0.1
+    assert float(loss) == pytest.approx(float(0.5 * kd.mean() + 0.5 * ce.mean()), rel=1e-4)
+
+
+def test_the_rows_of_a_step_are_those_of_our_batches(small_text):
+    data, config = small_text
+    for step in range(2 * distill.WINDOW + 1):
+        tokens = distill.get_batch(data, "train", step, config)["tokens"]
+        rows = bench.taken(data, step, config)
+        assert len(tokens) == len(rows) == config.batch_size
+        for mine, (ids, labels), row in zip(tokens, bench.labelled(data, rows), rows):
+            n, first = data.length[row], data.first[row]
+            assert mine[:n].tolist() == ids[:-1] and len(ids) == len(labels) == n + 1
+            assert labels == [bench.IGNORE] * (first + 1) + ids[first + 1:] and first > 0
+
+
+def test_rows_of_random_tokens_are_full():
+    data = bench.distill_rows(CPU, SMALL[distill], full=True)
+    batch = distill.get_batch(data, "train", 0, SMALL[distill])
+    assert batch["tokens"].shape == (3, 511) and batch["count"] == len(batch["place"]) == 3 * 511
+    assert data.vocab == 1000 and 900 < int(data.table.max()) < 1000
+
+
+def test_the_cache_is_used(monkeypatch):
+    seen, loss = [], distill.compute_loss
+    monkeypatch.setattr(distill, "compute_loss", lambda model, batch, *more: seen.append("top" in batch)
+                        or loss(model, batch, *more))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    bench.distill_train(CPU, 1, SMALL[distill], steps=1, longest=True, cached=True)
+    assert seen == [True, False, True, False, True]  # untimed, timed, and ours once more for its memory
+
+
+def test_loss_memory_is_without_weights_and_gradients(monkeypatch):
+    monkeypatch.setitem(distill.CHUNK, "cpu", 1 << 16)
+    row = bench.distill_loss(CPU, 1, SMALL[distill], 20_000, 2, 64, (32, 48))
+    size = 4 * 2 * 64 * 20_000                      # of all logits of one model
+    assert 3 * size < row.memory[1] < 9 * size and 3 << 18 < row.memory[0] < 8 << 18
+    monkeypatch.setattr(bench, "peak_memory", lambda device, sides: [10 ** 8, 10 ** 9])
+    row = bench.distill_loss(CPU, 1, SMALL[distill], 2_000, 2, 64, (32, 48))
+    assert row.memory == [peak - 4 * 32 * (2_000 + 128) for peak in (10 ** 8, 10 ** 9)] and row.rates.shape == (2, 1)
+    assert "76 positions of 2 x 64" in row.compared.replace("supervised ", "")
+
+
+def test_peak_memory_of_a_process_is_its_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    ballast = np.ones(1 << 27)                      # 1 GiB, and processes inherit their parent's ru_maxrss
+    row = bench.distill_memory(CPU, 5, SMALL[distill], steps=1)
+    assert row.rates.shape == (1, 1) and 100 < row.rates[0, 0] < 1000 and len(ballast)
+
+
+def test_resident_memory_with_the_trainer():
+    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    row = bench.distill_memory(CPU, 5, SMALL[distill], steps=1)
+    assert row.rates.shape == (2, 1) and (row.rates > 100).all() and "x (" in bench.ratio(row)
+
+
 # ------------------------------------------------------------------------------------------------ switches and commands
 def test_the_head_switch_is_used(monkeypatch):
     seen, steps = [], bench.our_steps
@@ -288,26 +450,41 @@ def test_a_row_runs_from_the_command_line(capsys):
     assert table[2].startswith("| train_logbert guard on / off | ") and " % (" in table[2]
 
 
+def test_nothing_but_the_table_is_on_stdout(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROWS", {"train_distill some": (lambda *about: print("a script talks") or made([1], [1]),
+                                                               {}, {})})
+    bench.main(["some"])
+    out, err = capsys.readouterr()
+    assert "a script talks" in err and len(out.splitlines()) == 5 and "talks" not in out
+
+
 def test_the_prepared_set_is_the_one_named(tmp_path):
     with pytest.raises(SystemExit):
         bench.main(["train_edl guard", "--dry_run", "--molecules", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
         bench.main(["train_student guard", "--dry_run", "--spectra", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        bench.main(["train_distill guard", "--dry_run", "--text", str(tmp_path / "none")])
     assert bench.settings(edl, CPU, False, "some/where").data_dir == "some/where"
     assert bench.settings(edl, CPU, False) == edl.Config(**edl.CPU)
     assert bench.settings(edl, torch.device("cuda"), False) == edl.Config()
     assert bench.settings(logbert, CPU, False) == logbert.Config()
     asked = bench.settings(student, CPU, False, "some/where")
     assert asked == student.Config(**student.CPU, data_dir="some/where", phase="student")
+    asked = bench.settings(distill, CPU, False, "some/where")
+    assert asked == distill.Config(batch_size=4, max_length=512, data_dir="some/where", phase="student")
+    asked = bench.settings(distill, torch.device("cuda"), False)
+    assert asked == distill.Config(batch_size=8, max_length=1024, dtype="bfloat16", phase="student")
 
 
 def test_a_row_gets_its_own_script_and_set(monkeypatch):
     got = {}
     monkeypatch.setattr(bench, "ROWS", {name: (lambda *about, name=name: got.update({name: about[2]}) or made([1], [1]),
                                                {}, {}) for name in bench.ROWS})
-    bench.main(["--molecules", "a", "--spectra", "b"])
+    bench.main(["--molecules", "a", "--spectra", "b", "--text", "c"])
     for name, config in got.items():
-        script, folder = {"train_edl": (edl, "a"), "train_student": (student, "b")}.get(name.split()[0], (logbert, ""))
+        scripts = {"train_edl": (edl, "a"), "train_student": (student, "b"), "train_distill": (distill, "c")}
+        script, folder = scripts.get(name.split()[0], (logbert, ""))
         assert type(config) is script.Config and config.data_dir == folder, name
 
 

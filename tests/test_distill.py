@@ -1,5 +1,5 @@
-"""train_distill.py piece by piece, against slow loops in float64: the loss and its gradient, what a cached teacher says,
-batches, accumulation and ranks, the decoder, evaluation; and the original's defects. Whole runs: test_run_distill.py.
+"""train_distill.py piece by piece, against slow loops in float64: the loss and its gradient, cached teachers, batches,
+accumulation and ranks, the decoder, evaluation; and the original's defects. Whole runs: test_run_distill.py.
 """
 import dataclasses
 import functools
@@ -20,20 +20,19 @@ from torch.utils._pytree import tree_leaves
 import common
 import train_distill as script
 from data.text.cache import cached_teacher, told
-from data.text.tables import TAUGHT, packed, read_folder
+from data.text.tables import packed, read_folder
 from runs import model_tensors, parse_flags, write_file
-from train_distill import (CHUNK, PARTS, ChunkedLoss, Config, Decoder, Mix, build_model, compare, compute_loss, evaluate,
-                           generate, get_batch, get_rows, load_data, load_hf, load_model, lr_at, rotate, save_hf, settle)
+from train_distill import (CHUNK, ChunkedLoss, Config, Mix, build_model, compare, compute_loss, evaluate, generate,
+                           get_batch, get_rows, load_data, load_hf, load_model, lr_at, save_hf, settle)
 
 CPU = torch.device("cpu")
 DIVERGENCES = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
-QWEN2 = LLAMA | {"model_type": "qwen2"}
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
 LLAMA3 = LLAMA | {"num_key_value_heads": 1, "rope_scaling": {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64}}
 KINDS = {"gpt2": GPT2, "gpt2 scaled": GPT2 | {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
-         "llama": LLAMA, "llama3": LLAMA3, "qwen2": QWEN2, "qwen3": QWEN3}
+         "llama": LLAMA, "llama3": LLAMA3, "qwen2": LLAMA | {"model_type": "qwen2"}, "qwen3": QWEN3}
 
 # ---------------------------------------------------------------------------------------------------------------- tools
 def noise(*shape, seed=0):
@@ -62,9 +61,8 @@ def naive(s, log_p, targets, asked, mix):
 
 @pytest.fixture
 def chunk(monkeypatch):
-    """chunk(n): so many positions at once, of a vocabulary of V."""
+    """chunk(n, V): n positions at once."""
     return lambda n, V: monkeypatch.setitem(CHUNK, "cpu", n * V)
-
 
 WORDS = "mass speed force is two three doubled grows \u00e9t\u00e9 \u00bd".split()
 
@@ -92,8 +90,8 @@ def own(folder, tmp_path):
 
 def config_of(folder, models, **fields):
     """Of a student beside its teacher."""
-    return small_config(**dict(data_dir=folder, teacher=models[0], student=models[fields.pop("which", 1)], phase="student", batch_size=8,
-                               max_length=320, seed=3) | fields)
+    return small_config(**dict(data_dir=folder, teacher=models[0], student=models[fields.pop("which", 1)], seed=3,
+                               phase="student", batch_size=8, max_length=320) | fields)
 
 def gradient_of(folder, models, fields, double, length=0):
     """One optimizer step's loss, its parts and gradient by way of the guard, under DDP where there are ranks.
@@ -129,6 +127,15 @@ def assert_same_step(found, wanted, tolerance):
     scale = max(gradient.abs().max() for gradient in wanted[1].values())
     for name, gradient in wanted[1].items():
         assert gradient.abs().max() > 0 and (found[1][name] - gradient).abs().max() <= tolerance * scale, name
+
+def refused(capsys, function, *arguments):
+    """The one line on stderr of what ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 def problem(N=11, D=5, V=19, padded=23, dtype=torch.float64):
@@ -175,8 +182,7 @@ def test_golden_numbers():
             mix = Mix(2, 0.5, alpha, 2.0, kind)
             loss, total = ChunkedLoss.apply(h, weight, torch.tensor([0]), torch.ones(1), taught, mix)
             close(loss, 0.5 * (alpha * 4 * value + (1 - alpha) * math.log(10 / 9)), 2e-7)
-            close(total, 0.5 * torch.tensor([2 * math.log(3), 0, 4 * value, math.log(10 / 9), math.log(2)]).double(),
-                  2e-7)
+            close(2 * total, [2 * math.log(3), 0, 4 * value, math.log(10 / 9), math.log(2)], 2e-7)
     x, W = h.clone().requires_grad_(), weight.clone().requires_grad_()
     ChunkedLoss.apply(x, W, torch.tensor([0]), torch.ones(1), taught, Mix(2, 1.0, 0.5, 2.0))[0].backward()
     close(W.grad, torch.tensor([[0.2], [-0.2], [0.0]]), 1e-6)           # 0.5 * 2 (3/4 - 1/2) + 0.5 (9/10 - 1)
@@ -209,6 +215,17 @@ def test_extreme_logits_are_finite(chunk, kind, beta, dtype):
         assert loss.dtype == x.grad.dtype == W.grad.dtype == torch.float32 and loss >= 0 and loss.isfinite()
         assert total.isfinite().all() and x.grad.isfinite().all() and W.grad.isfinite().all()
 
+def test_autocast_makes_products_in_low_precision_and_all_else_in_float32(chunk):
+    chunk(3, 19)                                    # the gradient of the weight is a sum over chunks
+    (h, weight, targets, asked, taught), found = problem(dtype=torch.float32), []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, W = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        with common.autocast(CPU, dtype):
+            loss = ChunkedLoss.apply(x, W, targets, asked, taught, Mix(19, 1 / 11, 0.5, 3.0))[0]
+        found.append((loss.detach(), *torch.autograd.grad(loss, (x, W))))
+    for one, other in zip(*found):
+        assert one.dtype == other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.05 * one.abs().max()
+
 def peak_of(function):
     """Bytes that are alive at once at most, beyond those that were there."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -216,7 +233,6 @@ def peak_of(function):
     moves = [event.nbytes() for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert moves
     return int(np.cumsum(moves).max())
-
 
 class Largest(TorchDispatchMode):
     """The most float32 elements behind a tensor that any operation gave back."""
@@ -234,15 +250,12 @@ def test_logits_of_all_positions_never_exist(chunk, kind, beta, cached):
     N, D, V = 300, 16, 8000
     h, weight, targets, asked, taught = problem(N, D, V, V, torch.float32)
     asked, mix, T = torch.ones(N), Mix(V, 1 / N, 0.5, 3.0, kind, beta), 3.0
+    log_p = (taught["h"] @ taught["weight"][:V].T / T).log_softmax(1)
     if cached:
-        t = taught["h"] @ taught["weight"][:V].T
-        taught = told(script, t, targets, Config(temperature=T), 8)
-        del t
+        taught = told(script, log_p, targets, Config(temperature=T), 8)
 
     def whole():
         x, W = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        log_p = noise(N, V).float().log_softmax(1) if cached else (
-            taught["h"] @ taught["weight"][:V].T / T).log_softmax(1)
         naive(x @ W.T, log_p, targets, asked, mix)[0].backward()
 
     def chunked():
@@ -250,7 +263,7 @@ def test_logits_of_all_positions_never_exist(chunk, kind, beta, cached):
         ChunkedLoss.apply(x, W, targets, asked, taught, mix)[0].backward()
     chunk(10, V)
     bound = 4 * (5 * D * V + 6 * 10 * V + 5 * N * D)                    # copies of the weight, six tensors of a chunk
-    assert peak_of(chunked) < bound and peak_of(whole) > 5 * bound
+    assert peak_of(chunked) < bound and peak_of(whole) > 4 * bound
     with Largest() as seen:
         chunked()
     assert max(10 * V, D * V) <= seen.most < N * V / 10
@@ -313,62 +326,36 @@ def arrays_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 def test_a_cache_that_was_made_with_something_else_is_refused(own, models, tmp_path, capsys):
-    teacher = shutil.copytree(models[0], tmp_path / "teacher")
-    models, told = (str(teacher), models[1]), []
-    cache_of(own, models, {"cache_teacher": 4})
+    models, four = (str(shutil.copytree(models[0], tmp_path / "teacher")), models[1]), {"cache_teacher": 4}
+    cache_of(own, models, four)
     cache, = own.glob("teacher-*-4")
     before = arrays_of(cache)
-    cache_of(own, models, {"cache_teacher": 4, "divergence": "jsd", "alpha": 0.9, "seed": 8, "batch_size": 3})
+    cache_of(own, models, four | {"divergence": "jsd", "alpha": 0.9, "seed": 8, "batch_size": 3})
     assert arrays_of(cache) == before               # these do not matter
     cache_of(own, models, {"cache_teacher": 5})
     assert {path.name for path in own.glob("*teacher-*")} == {cache.name, cache.name[:-1] + "5"}
-
-    def refused(**fields):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cache_of(own, models, {"cache_teacher": 4} | fields)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and str(cache) in error, error
-        told.append(error.partition("made with another ")[2].partition(";")[0])
-        assert arrays_of(cache) == before
-    refused(temperature=2.0), refused(teacher_dtype="bfloat16"), refused(dtype="bfloat16"), refused(max_length=70)
-    refused(train_on_prompt=True)
-    write_model(teacher, GPT2 | {"n_embd": 24}, 5)
-    refused()
-    assert told == ["temperature", "teacher_dtype", "dtype", "rows", "rows", "teacher"]
+    for fields, what in (({"temperature": 2.0}, "temperature"), ({"teacher_dtype": "bfloat16"}, "teacher_dtype"),
+                         ({"dtype": "bfloat16"}, "dtype"), ({"max_length": 70}, "rows"),
+                         ({"train_on_prompt": True}, "rows"), ({}, "teacher")):
+        if not fields:
+            write_model(tmp_path / "teacher", GPT2 | {"n_embd": 24}, 5)
+        error = refused(capsys, cache_of, own, models, four | fields)
+        assert f"{cache} is stale, made with another {what};" in error and arrays_of(cache) == before
     shutil.rmtree(cache)
-    cache_of(own, models, {"cache_teacher": 4})
+    cache_of(own, models, four)
     assert arrays_of(cache) != before
 
-def test_a_cache_that_was_killed_is_made_again(own, models, monkeypatch):
-    cache_of(own, models, {"cache_teacher": 4})
-    cache, = own.glob("teacher-*-4")
-    before = arrays_of(cache)
-    shutil.rmtree(cache)
-    real, calls = script.get_rows, []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise MemoryError
-        return real(*arguments)
-    monkeypatch.setattr(script, "get_rows", killed)
-    monkeypatch.setattr(script, "packed", functools.partial(packed, most=300))
-    with pytest.raises(MemoryError):
-        cache_of(own, models, {"cache_teacher": 4})
-    assert not cache.exists() and (own / f".{cache.name}.new/top.npy").exists()
-    monkeypatch.undo()
-    (own / f".{cache.name}.new/top.npy").write_bytes(b"half")
-    cache_of(own, models, {"cache_teacher": 4})
-    assert arrays_of(cache) == before and not (own / f".{cache.name}.new").exists()
-
-def test_two_ranks_make_the_cache_of_one(own, models, pair):
+def test_one_or_two_ranks_make_the_same_cache_where_another_was_killed(own, models, pair):
     pair.run(cache_of, own, models, {"cache_teacher": 4})
     cache, = own.glob("*teacher-*")
     before = arrays_of(cache)
-    shutil.rmtree(cache)
-    cache_of(own, models, {"cache_teacher": 4})
-    assert arrays_of(cache) == before and len(before) == 6
+    assert len(before) == 6
+    for run in (cache_of, functools.partial(pair.run, cache_of)):
+        cache.rename(own / f".{cache.name}.new")
+        (own / f".{cache.name}.new/meta.json").unlink()
+        (own / f".{cache.name}.new/top.npy").write_bytes(b"half")
+        run(own, models, {"cache_teacher": 4})
+        assert arrays_of(cache) == before and not (own / f".{cache.name}.new").exists()
 
 # ------------------------------------------------------------------------------------- accumulation, ranks and padding
 @pytest.mark.parametrize("double, tolerance", [(True, 1e-10), (False, 1e-5)])
@@ -379,12 +366,10 @@ def test_a_step_does_not_depend_on_how_it_is_cut(own, models, pair, fields, doub
     tolerance = 1e-6 if double and "cache_teacher" in fields else tolerance
     wanted = gradient_of(own, models, fields, double)
     assert wanted[0][0] > 1
-    for batch_size, grad_accum, length in ((4, 2, 0), (2, 4, 0), (1, 8, 0), (8, 1, 300), (2, 4, 300)):
-        cut = fields | {"batch_size": batch_size, "grad_accum": grad_accum}
-        assert_same_step(gradient_of(own, models, cut, double, length), wanted, tolerance)
-    for batch_size, grad_accum in ((4, 1), (2, 2)):
-        cut = fields | {"batch_size": batch_size, "grad_accum": grad_accum}
-        for found in pair.run(gradient_of, own, models, cut, double):
+    for ranks, batch_size, grad_accum, length in ((1, 4, 2, 0), (1, 2, 4, 0), (1, 1, 8, 0), (1, 8, 1, 300),
+                                                  (1, 2, 4, 300), (2, 4, 1, 0), (2, 2, 2, 0), (2, 2, 2, 300)):
+        step = own, models, fields | {"batch_size": batch_size, "grad_accum": grad_accum}, double, length
+        for found in pair.run(gradient_of, *step) if ranks == 2 else [gradient_of(*step)]:
             assert_same_step(found, wanted, tolerance)
 
 @pytest.mark.parametrize("raw", [LLAMA, QWEN3], ids=["tied", "untied"])
@@ -481,7 +466,7 @@ def test_batches_are_cut_from_one_global_batch_that_the_seed_and_step_decide(dat
         mine = [micro for rank in ranks for micro in rank[2 * step:2 * step + 2]]
         assert sum((micro[1] for micro in mine), []) == batch[1] and {micro[2:] for micro in mine} == {batch[2:]}
         assert batch[2:] == (len(batch[1]), 8)
-    epochs = [np.concatenate([script.bucketed_rows(data, "train", 2, 3, 3 * epoch + i // 4)[i % 4] for i in range(12)])
+    epochs = [np.concatenate([script.bucketed_rows(data, "train", 2, 3, 4 * epoch + i // 3)[i % 3] for i in range(12)])
               for epoch in range(2)]                # 24 rows, and never two in one batch of 8
     assert all(sorted(rows) == data.rows["train"].tolist() for rows in epochs) and list(epochs[0]) != list(epochs[1])
 
@@ -520,7 +505,7 @@ def test_dropout_is_in_training_alone(data, folder, models):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_teacher_in_half_precision_says_nearly_the_same(own, models, dtype):
-    wanted, grads = gradient_of(own, models, {}, False)
+    wanted, _ = gradient_of(own, models, {}, False)
     found, other = gradient_of(own, models, {"teacher_dtype": dtype}, False)
     assert script.frozen_teacher(models[0], dtype, "cpu").head_weight.dtype == common.DTYPES[dtype]
     close(found, wanted, 0.02), close(found[[1, 4]], wanted[[1, 4]], 1e-6)
@@ -543,12 +528,12 @@ def test_generate():
     assert {*first} == {*allowed}
 
 # ------------------------------------------------------------------------------------------------------------- evaluate
-def scores_of(folder, models, fields, max_rows=0):
+def scores_of(folder, models, fields):
     config = config_of(folder, models, **fields)
     data = load_data(config)
     if config.cache_teacher:
         data.cache = cached_teacher(script, config, data)
-    return evaluate(build_model(config, data.vocab).train(), data, config, "val", max_rows)
+    return evaluate(build_model(config, data.vocab).train(), data, config)
 
 def slow_scores(config, data, models, rows):
     student, teacher, found = load_hf(models[1]), load_hf(models[0]), []
@@ -577,9 +562,8 @@ def test_evaluation_against_a_loop_per_row(data, folder, models, pair, monkeypat
         for training in (True, False):
             assert_same_scores(evaluate(model.train(training), data, config), wanted)
             assert model.training == training
-    one, other = pair.run(scores_of, folder, models, fields)
-    assert one == other
-    assert_same_scores(one, wanted)
+    for scores in pair.run(scores_of, folder, models, fields):
+        assert_same_scores(scores, wanted)
     some = np.random.default_rng(0).permutation(data.rows["val"])[:5]
     assert_same_scores(evaluate(model, data, config, "val", 5), slow_scores(config, data, models, some))
     alone = evaluate(model, data, dataclasses.replace(config, teacher="", phase="teacher", alpha=0.0))
@@ -594,7 +578,7 @@ def test_evaluation_asks_the_teacher_itself_where_there_is_a_cache(own, models):
     evaluate() would take what was cached at another T: kl, teacher_ce, loss and the warning are wrong."""
     assert_same_scores(scores_of(own, models, {"cache_teacher": 8}), scores_of(own, models, {}))
 
-# ------------------------------------------------------------------------------------------ files, and defects by number
+# ----------------------------------------------------------------------------------------- files, and defects by number
 def test_files_are_read_back_bit_for_bit_and_those_of_another_script_refused(folder, models, tmp_path):
     for name, raw in KINDS.items():
         model = random_model(raw, 7)
@@ -610,15 +594,6 @@ def test_files_are_read_back_bit_for_bit_and_those_of_another_script_refused(fol
     with pytest.raises(ValueError, match="other.safetensors is of another script"):
         load_model(tmp_path / "other.safetensors")
 
-def refused(capsys, function, *arguments):
-    """The one line on stderr of what ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
 def word_tokenizer(folder, words):
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "?"))
@@ -632,10 +607,10 @@ def test_vocabularies_of_equal_size_that_mean_other_tokens_are_refused(tmp_path,
     words = "? ### Instruction : Response End mass speed doubled tripled".split()
     same, swapped = (word_tokenizer(tmp_path / name, of) for name, of in (
         ("same", words), ("swapped", [*words[:6], *words[6:][::-1]])))
-    raw, more = LLAMA | {"vocab_size": 10}, [*words, "beyond"]
-    student, twin, other, longer = (str(write_model(tmp_path / f"m{i}", raw | {"vocab_size": size}, i, tokenizer=of))
-                                    for i, (of, size) in enumerate(((same, 10), (same, 16), (swapped, 10), (
-                                        word_tokenizer(tmp_path / "longer", more), 12))))
+    longer = word_tokenizer(tmp_path / "longer", [*words, "beyond"])
+    student, twin, other, longer = (
+        str(write_model(tmp_path / f"m{i}", LLAMA | {"vocab_size": size}, i, tokenizer=tokenizer))
+        for i, (tokenizer, size) in enumerate(((same, 10), (same, 16), (swapped, 10), (longer, 12))))
     folder = write_set(tmp_path, [("mass speed " * (1 + i), "doubled") for i in range(9)], student)
     for teacher in (twin, longer):
         data = load_data(config_of(folder, (teacher, student)))
@@ -659,12 +634,11 @@ def test_half_precision_without_a_gpu_is_float32_and_weights_always_are(folder, 
 
 def test_the_end_of_text_is_learnt_in_every_row(data):
     """Defect 6: it was the pad, and pads were masked."""
-    for split, rows in data.rows.items():
-        for row in rows:
-            batch = get_rows(data, np.array([row, rows[0], rows[-1]]))
-            last = int(torch.searchsorted(batch["place"], batch["tokens"].shape[1])) - 1      # of the first row
-            assert batch["targets"][last] == 256 and batch["asked"][last] == 1, (split, row)
-            assert batch["place"][last] == data.length[row] - 1 and int((batch["targets"] == 256).sum()) == 3
+    for rows in filter(len, data.rows.values()):
+        batch = get_rows(data, rows)
+        ends = batch["place"][batch["targets"] == 256]
+        assert ends.tolist() == [i * batch["tokens"].shape[1] + data.length[row] - 1 for i, row in enumerate(rows)]
+        assert batch["asked"].all()
 
 @pytest.mark.parametrize("words", [[], ["--dry_run"], ["--data_dir", "mine.jsonl"]], ids=str)
 def test_a_learning_rate_that_is_given_stays(words):

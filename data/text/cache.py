@@ -24,7 +24,8 @@ def key_of(config, data):
     for array in (data.table.cpu().numpy(), data.start, data.length, data.first, data.rows["train"]):
         rows.update(np.ascontiguousarray(array).data)
     return {"teacher": {path.name: file_sha256(path) for path in files}, "rows": rows.hexdigest(), "vocab": data.vocab,
-            "K": config.cache_teacher, "temperature": config.temperature, "teacher_dtype": config.teacher_dtype,
+            "K": min(config.cache_teacher, data.vocab), "temperature": config.temperature,
+            "teacher_dtype": config.teacher_dtype,
             "dtype": config.dtype}
 
 

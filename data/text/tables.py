@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from common import cast, rank
-from data.text.tokens import load_tokenizer
+from data.text.hf import read_config, shape_of
+from data.text.tokens import load_tokenizer, shared_size
 
 TAUGHT = ("top", "log_p", "tail", "teacher_ce", "teacher_logits")       # what a cache holds of each position
 
@@ -53,6 +54,21 @@ def read_folder(folder, max_length, train_on_prompt, device):
     first = np.zeros_like(first) if train_on_prompt else first
     return Data(torch.from_numpy(tokens.astype(np.int32)).to(device), offsets[:-1], length, first, rows,
                 tokenizer.size, tokenizer, folder)
+
+
+def share(data, holders, model):
+    """Cut data.vocab to the ids that all have: the tokenizers of the data and of the Hugging Face folders in holders,
+    of which `model` is what is trained. Raises ValueError where ids mean different tokens or have no embedding."""
+    for holder in holders:
+        other, rows = load_tokenizer(Path(holder)), shape_of(read_config(Path(holder)), holder).vocab_size
+        if holder == model and other.fingerprint != data.tokenizer.fingerprint:
+            raise ValueError(f"--data_dir {data.folder} was prepared with another tokenizer than {holder}'s: make it "
+                             f"again with python data/text/prepare.py --input FILE --name N --tokenizer {holder}")
+        data.vocab = min(data.vocab, shared_size(other, data.tokenizer, (holder, str(data.folder))))
+        if rows < data.vocab:
+            raise ValueError(f"{holder} has {rows:,} rows of embeddings, its tokenizer {data.vocab:,} ids")
+    if (most := int(data.table.max())) >= data.vocab:
+        raise ValueError(f"--data_dir {data.folder}: id {most:,} is in its rows, the models share {data.vocab:,} ids")
 
 
 def get_rows(data, rows, length=0, everywhere=False):
