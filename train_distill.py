@@ -3,8 +3,7 @@ Small language models from large ones: knowledge distillation of causal decoders
 
 python train_distill.py                               # no flags: a teacher, students with and without it, on a CPU too
 python train_distill.py --dry_run                     # everything once, in seconds
-python train_distill.py --phase teacher --run_name tutor
-python train_distill.py --teacher out/tutor/hf --run_name pupil
+python train_distill.py --phase teacher --run_name tutor && python train_distill.py --teacher out/tutor/hf
 python train_distill.py --teacher-model DIR --student-model-name gpt2 --data-path mine.jsonl --epochs 3 --dry-run
 python train_distill.py --teacher DIR --student DIR --data_dir mine.jsonl --teacher_dtype bfloat16 --cache_teacher 64
 torchrun --nproc_per_node=8 train_distill.py --teacher DIR --student DIR --data_dir mine.jsonl      # eight GPUs
@@ -27,11 +26,13 @@ What used to break here                                       and what stops it
 Hinton, Vinyals, Dean 2015 (distillation, arXiv 1503.02531). Agarwal et al. 2024 (GKD: generalised Jensen-Shannon
 divergence, arXiv 2306.13649, eq. 1). Hsu et al. 2024 (Liger: chunked losses, arXiv 2410.10989).
 """
+import contextlib
 import dataclasses
 import functools
+import gc
+import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -44,13 +45,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common import (DTYPES, RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, global_rows, launch,
-                    listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set, file_sha256, made_set, or_fail
+from common import (DTYPES, RING, Guard, NonFinite, agree, autocast, every, fail, finish, float32_island, global_rows,
+                    launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
+from data.files import or_fail
 from data.text import report
 from data.text.cache import cached_teacher
 from data.text.hf import SIZES, read_config, read_weights, rope_frequencies, shape_of, write_folder
-from data.text.tables import TAUGHT, get_rows, packed, read_folder, share
+from data.text.tables import TAUGHT, find_folder, get_rows, packed, read_folder, share, shortest
 from data.text.tokens import load_tokenizer as read_tokenizer
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file,
                   restore, resume_config, save_checkpoint, steps_in, write_file)
@@ -106,6 +107,7 @@ class Config:
     kd_reduction: str = "token"  # token: mean over supervised tokens; batchmean: the original's sum over all / rows
     train_on_prompt: bool = False  # learn the instructions too
     max_length: int = 512  # tokens of a row, the rest is cut off
+    train_rows: int = 0  # a student learns from so many of the training rows, drawn with the seed; 0: from all
     warmup_ratio: float = 0.1  # of the steps, where --warmup_steps is 0
     dropout: float = 0.0  # of the student, in embedding, attention and residual branches
     eval_rows: int = 1000  # validation rows looked at during training; 0: all
@@ -118,13 +120,13 @@ class Config:
         return self.teacher_size if self.phase == "teacher" else self.student
 
 
-DEMO = dict(batch_size=32, max_epochs=6, teacher_epochs=12, learning_rate=3e-3, weight_decay=0.1, max_length=320,
-            eval_every=500, log_every=100, compare=3)   # for the demo set, where all weights start at random
+DEMO = dict(batch_size=16, max_epochs=40, teacher_epochs=3, train_rows=300, learning_rate=4e-3, weight_decay=0.1,
+            temperature=1.0, alpha=0.9, max_length=320, eval_every=125, log_every=125, compare=3)
 DRY = dict(batch_size=2, max_steps=5, eval_every=5, save_every=5, log_every=1, compare=1, eval_rows=32)
 ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/text/{}",
            "data_path": "data_dir", "teacher_model": "teacher", "student_model_name": "student"}
-FIXED = ("data_dir", "phase", "teacher", "student", "teacher_size", "train_on_prompt", "max_length", "compare",
-         "seed")                                    # a resume keeps them
+FIXED = ("data_dir", "phase", "teacher", "student", "teacher_size", "train_on_prompt", "max_length", "train_rows",
+         "compare", "seed")                         # a resume keeps them
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -136,28 +138,21 @@ def load_tokenizer(folder):
 def load_data(config, device="cpu"):
     """data_dir -> Data on the device; without it the demo set; a file of JSON lines is prepared once, by rank 0."""
     holders = [name for name in (config.model, config.teacher) if name and (Path(name) / "config.json").exists()]
-    folder = Path(config.data_dir)
-    if not config.data_dir:
-        folder = demo_set("text", "demo300" if config.dry_run else "demo", device, *["--limit", "300"] * config.dry_run)
-    elif folder.is_file():
-        key = f"{file_sha256(folder)[:8]}-{load_tokenizer(holders[0]).fingerprint[:8] if holders else 'bytes'}"
-        name = (re.sub(r"\W", "_", folder.name.split(".")[0]) or "rows") + f"-{key}"
-        more = ["--tokenizer", holders[0]] if holders else []
-        folder = made_set("text", name, device, "--input", config.data_dir, *more)
+    folder = find_folder(config, holders, device)
     data = or_fail(read_folder, folder, config.max_length, config.train_on_prompt, device)
-    or_fail(share, data, holders, config.model)
-    return data
-
+    if config.train_rows and config.phase == "student":
+        chosen = np.random.default_rng(config.seed).permutation(data.rows["train"])[:config.train_rows]
+        data.rows["train"] = np.sort(chosen)
+    return or_fail(share, data, holders, config.model)
 
 
 WINDOW = 4                                          # global batches that are sorted by length together
 
 
 @functools.lru_cache(maxsize=2)
-def bucketed_rows(data, split, global_batch, seed, window):
-    """The rows of the window-th run of WINDOW global batches, (WINDOW, global_batch), each batch of similar lengths."""
+def bucketed_rows(data, split, global_batch, seed, window, size):
+    """The rows of the window-th run of `size` global batches, (size, global_batch), each batch of similar lengths."""
     rows = data.rows[split]
-    size = max(1, min(WINDOW, len(rows) // global_batch // 4))      # else an epoch's batches would repeat
     taken = rows[global_rows(len(rows), size * global_batch, seed, window)]
     batches = taken[np.argsort(data.length[taken], kind="stable")].reshape(size, global_batch)
     return np.random.default_rng([seed, window]).permutation(batches)
@@ -167,8 +162,8 @@ def get_batch(data, split, step, config, micro=0):
     """This rank's micro-batch of a step: get_rows, with count (supervised positions of the whole step, all ranks) and
     rows (its rows)."""
     global_batch = config.batch_size * config.grad_accum * world_size()
-    size = max(1, min(WINDOW, len(data.rows[split]) // global_batch // 4))
-    rows = bucketed_rows(data, split, global_batch, config.seed, step // size)[step % size]
+    size = max(1, min(WINDOW, len(data.rows[split]) // global_batch // 4))      # else an epoch's batches would repeat
+    rows = bucketed_rows(data, split, global_batch, config.seed, step // size, size)[step % size]
     return get_rows(data, local_rows(rows, micro, config.grad_accum), 0, config.kd_reduction == "batchmean") | {
         "count": int(data.asked[rows].sum()), "rows": global_batch, "micro": micro}
 
@@ -287,12 +282,13 @@ def save_hf(model, folder):
     write_folder(Path(folder), model.raw, model.shape, model_tensors(model))
 
 
-def build_model(config, vocab):
+def build_model(config, vocab, eos=None):
     """The phase's model: a Hugging Face folder, or a size with random weights. about is what load_model needs."""
     if (Path(config.model) / "config.json").exists():
         model = load_hf(config.model, "cpu", torch.float32, config.dropout, vocab)
     else:
-        model = Decoder(SIZES[config.model] | {"vocab_size": vocab}, config.dropout, vocab)
+        own = {"vocab_size": vocab, "bos_token_id": None, "eos_token_id": eos}
+        model = Decoder(SIZES[config.model] | own, config.dropout, vocab)
     model.about = {"config": dataclasses.asdict(config), "raw": model.raw, "vocab": vocab}
     return model
 
@@ -383,7 +379,8 @@ class ChunkedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x, W = (y.to(low or weight.dtype) for y in (h, weight[:mix.vocab]))
             if "weight" in taught:
-                taught_x, taught_W = (taught[name].to(low or taught["weight"].dtype) for name in ("h", "weight"))
+                taught_x, taught_W = (y.to(low or taught["weight"].dtype) for y in (
+                    taught["h"], taught["weight"][:mix.vocab]))
             dh, dW = (torch.empty_like(x, dtype=h.dtype), torch.zeros_like(weight)) if needed else (None, None)
             ctx.grads, total = (dh, dW, mix.scale), widen(x.new_zeros(len(PARTS)))
             chunk = max(1, CHUNK.get(device, 1 << 24) // mix.vocab)
@@ -392,7 +389,7 @@ class ChunkedLoss(torch.autograd.Function):
                 lse, kd, ds, teacher_ce, teacher_logits = s.logsumexp(1, keepdim=True), *here.new_zeros(4, 1)
                 ce, student_logits = (lse - s.gather(1, target))[:, 0], largest(s)
                 if "weight" in taught:
-                    t = widen(F.linear(taught_x[some], taught_W[:mix.vocab])).to(s.dtype)
+                    t = widen(F.linear(taught_x[some], taught_W)).to(s.dtype)
                     teacher_ce, teacher_logits = (t.logsumexp(1, keepdim=True) - t.gather(1, target))[:, 0], largest(t)
                     log_p = t.div_(T).log_softmax(1)
                     del t                           # before the next tensor of its size is made
@@ -423,6 +420,12 @@ class ChunkedLoss(torch.autograd.Function):
         return dh.mul_(g * scale), dW.mul_(g * scale), None, None, None, None
 
 
+def as_held(teacher):
+    """Context in which a teacher that is held in less computes in that, whatever autocast says."""
+    weight = teacher.head_weight
+    return contextlib.nullcontext() if weight.dtype == torch.float32 else float32_island(weight)
+
+
 @functools.lru_cache(maxsize=1)
 def frozen_teacher(folder, dtype, device):
     return load_hf(folder, device, DTYPES[dtype]).requires_grad_(False)
@@ -435,7 +438,7 @@ def ask_teacher(batch, config):
     if not config.teacher:
         return {}
     teacher = frozen_teacher(config.teacher, config.teacher_dtype, str(batch["tokens"].device))
-    with torch.no_grad():
+    with torch.no_grad(), as_held(teacher):
         h = teacher(batch["tokens"], False).flatten(0, 1)[batch["place"]]
     return {"h": h, "weight": teacher.head_weight}
 
@@ -450,18 +453,8 @@ def compute_loss(model, batch, step, config):
     loss, total = ChunkedLoss.apply(h, raw_model.head_weight, batch["targets"], batch["asked"], taught, mix)
     parts = {name: value for name, value in zip(PARTS, total) if taught or name in ("student_logits", "ce")}
     if step < 5 and model.training and rank() == 0:
-        tell(step, batch, taught, parts, config, raw_model.vocab)
+        report.tell(step, batch, parts, config, raw_model.vocab)
     return loss, parts
-
-
-def tell(step, batch, taught, parts, config, vocab):
-    """The first five steps in detail, as the original does; the only ones whose parts are read at once."""
-    if step == batch["micro"] == 0:
-        shape = [*batch["tokens"].shape, vocab]
-        print(f"first forward: student logits {shape}" + f", teacher logits {shape}, T {config.temperature}, alpha "
-              f"{config.alpha}" * bool(taught) + f"; in chunks of {len(batch['place']):,} supervised positions")
-    values = "  ".join(f"{name} {float(x):.4f}" for name, x in parts.items())
-    print(f"step {step} micro-batch {batch['micro']}: {values}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation, samples
@@ -473,7 +466,7 @@ def evaluate(model, data, config, split="val", max_rows=0):
     model, device, rows = unwrap(model), data.table.device, data.rows[split]
     rows = np.random.default_rng(0).permutation(rows)[:max_rows] if max_rows else rows
     was_training, dtype, total = model.training, pick_dtype(config.dtype, device)[0], torch.zeros(2, 5).double()
-    data = dataclasses.replace(data, cache=None)    # that holds what the teacher said at another T, of training rows
+    cached, data = data.cache, dataclasses.replace(data, cache=None)    # that one is of training rows, at another T
     model.eval()
     for some in packed(data, rows[rank()::world_size()]):
         batch = get_rows(data, some)
@@ -488,10 +481,13 @@ def evaluate(model, data, config, split="val", max_rows=0):
     if world_size() > 1:
         total = total.to(device)
         dist.all_reduce(total)
-    (kl, ce, teacher_ce), kd = (total[0, 2:] / data.asked[rows].sum()).tolist(), total[1, 2] / data.asked[rows].sum()
+    if cached:                                      # the teacher is asked so seldom that it need not stay
+        frozen_teacher.cache_clear()
+    at_1, at_T = (dict(zip(PARTS, row)) for row in (total / data.asked[rows].sum()).tolist())
     if not config.teacher:
-        return {"loss": ce, "ce": ce}
-    return {"loss": config.alpha * float(kd) + (1 - config.alpha) * ce, "ce": ce, "kl": kl, "teacher_ce": teacher_ce}
+        return {"loss": at_1["ce"], "ce": at_1["ce"]}
+    return {"loss": config.alpha * at_T["kd"] + (1 - config.alpha) * at_1["ce"], "ce": at_1["ce"], "kl": at_1["kd"],
+            "teacher_ce": at_1["teacher_ce"]}
 
 
 @torch.no_grad()
@@ -538,7 +534,7 @@ def run_training(config, device):
     if not config.run_name:
         now = time.localtime(agree(int(time.time()), device))
         config = dataclasses.replace(config, run_name=time.strftime("distill_%Y%m%d_%H%M%S", now))
-    name, chain = config.run_name, []
+    name, chain, asked = config.run_name, [], vars(config)
     if config.phase != "teacher":
         if not config.teacher:
             first = dataclasses.replace(config, phase="teacher", run_name=f"{name}-teacher", compare=0)
@@ -550,10 +546,17 @@ def run_training(config, device):
             chain.append(dataclasses.replace(one, alpha=0.0, run_name=f"{name}-ce{i}"))
             chain += [dataclasses.replace(one, run_name=f"{name}-kd{i}")] * (i > 0)
     for one in (*chain, config):
+        folder = Path(config.out_dir) / one.run_name
+        if not config.resume and agree(len(checkpoints(folder)), device):
+            fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
+    if chain and rank() == 0:                       # what a resume must know before the last phase has a checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"config": asked}, indent=1))
+    for one in (*chain, config):
         if one.resume and one is not config and (saved := newest(Path(one.out_dir) / one.run_name)):
             one = resume_config(one, {*FIXED, "resume"}, saved[2]["config"], FIXED)
         listen()                                    # again: the phase before is over
-        done = run_phase(one, device)
+        done = run_phase(one, device, name)
         if "table" not in done:                     # stopped by a signal
             return done
     if config.compare and rank() == 0 and config.phase == "student":
@@ -561,16 +564,15 @@ def run_training(config, device):
     return done
 
 
-def run_phase(config, device):
-    folder = Path(config.out_dir) / config.run_name
-    if not config.resume and agree(len(checkpoints(folder)), device):
-        fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
-    frozen_teacher.cache_clear()
-    data = load_data(config, device)
+def run_phase(config, device, name):
+    """One run of its own folder; name: of the run that it is a phase of."""
+    frozen_teacher.cache_clear(), bucketed_rows.cache_clear(), gc.collect()     # the phase before lets go of its own
+    folder, data = Path(config.out_dir) / config.run_name, load_data(config, device)
     if config.teacher:                              # what is wrong with it is said now
         frozen_teacher(config.teacher, config.teacher_dtype, str(device))
     torch.manual_seed(config.seed)
-    raw_model = build_model(config, data.vocab).to(device)
+    raw_model = build_model(config, data.vocab, data.tokenizer.eos).to(device)
+    raw_model.about["rows"] = data.key
     if config.cache_teacher and config.teacher and config.alpha:
         data.cache = cached_teacher(sys.modules[__name__], config, data)
     matrices, vectors = ([p for p in raw_model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
@@ -585,15 +587,17 @@ def run_phase(config, device):
     if config.resume:
         saved = load_newest(folder, device)
         if saved:
-            if saved[1]["about"]["vocab"] != data.vocab:
-                fail(f"--data_dir {config.data_dir or '(demo)'}: its vocabulary is not the checkpoint's")
+            if [saved[1]["about"][key] for key in ("vocab", "rows")] != [data.vocab, data.key]:
+                fail(f"--data_dir {config.data_dir or '(demo)'}: its rows or vocabulary are not the checkpoint's")
             restore(raw_model, optimizer, *saved)
             start, best = saved[1]["step"], saved[1]["best"]
     if start > max_steps:
         fail(f"the newest checkpoint is of step {start}, beyond --max_steps {max_steps}: nothing to do")
 
     run = Run(config, start, {"max_steps": max_steps, "steps_per_epoch": steps_per_epoch, "global_batch": global_batch})
-    model = wrap_ddp(torch.compile(raw_model) if config.compile else raw_model, device).train()
+    for block in raw_model.blocks if config.compile else ():
+        block.compile(dynamic=True)                 # rows have many lengths
+    model = wrap_ddp(raw_model, device).train()
 
     def examine(step, now):                         # the guard calls it once, for the first bad step of a run
         import autopsy
@@ -622,7 +626,7 @@ def run_phase(config, device):
     run.log(f"""Training Configuration:
   Learning rate: {config.learning_rate}   Max gradient norm: {config.grad_clip}
   Warmup steps: {warmup} ({warmup / max_steps:.0%} of {max_steps} total steps)
-  Temperature: {config.temperature}   Alpha: {config.alpha}   Divergence: {config.divergence}
+  Temperature: {config.temperature}   Alpha: {config.alpha if config.teacher else 0}   Divergence: {config.divergence}
   FP16: {dtype == torch.float16}   Device: {device}   Teacher: {config.teacher or "none"}
   {config.phase.title()}: {config.model} ({"a folder" if Path(config.model).is_dir() else "a size, random weights"})""")
     try:
@@ -641,7 +645,7 @@ def run_phase(config, device):
                     run.log(f"step {step:,} validation: " + "  ".join(f"{name} {x:.4f}" for name, x in scores.items()))
                     run.measure(step, "val", **scores)
                     run.curves()
-                    if scores.get("teacher_ce", -math.inf) >= scores["ce"]:
+                    if config.alpha and scores.get("teacher_ce", -math.inf) >= scores["ce"]:
                         run.log(f"warning: the teacher's cross-entropy {scores['teacher_ce']:.4f} is no better than "
                                 f"the student's {scores['ce']:.4f}: it has little to teach; train it on these first")
                     if scores["ce"] < best:         # never true of a NaN
@@ -678,7 +682,7 @@ def run_phase(config, device):
             save(error.step)
         raise
     if not last:
-        run.log(f"stopped by a signal; go on with: python train_distill.py --resume --run_name {config.run_name}")
+        run.log(f"stopped by a signal; go on with: python train_distill.py --resume --run_name {name}")
         return {"step": step, "best": best}
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
@@ -696,21 +700,28 @@ def run_phase(config, device):
 def settle(config, given):
     """Fill in what the flags left open and refuse what cannot work for this model -> Config"""
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
-    single = {"compare"} if config.phase or config.teacher else set()
-    demo, dry = ({name: x for name, x in preset.items() if name not in single} for preset in (DEMO, DRY))
+    alone = {"compare": 0} if config.phase or config.teacher else {}
+    demo, dry = DEMO | alone, DRY | alone
     if not config.data_dir:                         # before complete(), so that a resume keeps what it had
-        config = dataclasses.replace(config, **{name: x for name, x in demo.items() if name not in given})
+        demo |= {"max_epochs": demo["teacher_epochs"]} if config.phase == "teacher" else {}
+        demo = {name: x for name, x in demo.items() if name not in given}
+        config = dataclasses.replace(config, **demo)
+        say("demo set: " + " ".join(f"--{name} {x}" for name, x in demo.items()))
+    folder = Path(config.out_dir) / config.run_name
+    if config.resume and config.run_name and not checkpoints(folder) and (folder / "config.json").exists():
+        asked = json.loads((folder / "config.json").read_text())["config"]      # of a chain, stopped in an early phase
+        config, given = resume_config(config, given, asked, FIXED), given | {*asked}
     config = complete(config, given, {}, dry, FIXED)
     if config.fp16:
         cuda = config.device != "cpu" and torch.cuda.is_available()
         config = dataclasses.replace(config, dtype="float16" if cuda else "float32")
         say(f"--fp16: --dtype {config.dtype}" + ", since there is no GPU" * (not cuda))
-    low = dict.fromkeys(("temperature", "max_epochs", "max_length"), 1e-3) | dict.fromkeys((
-        "teacher_epochs", "cache_teacher", "alpha", "beta", "warmup_ratio", "dropout", "eval_rows", "compare"), 0)
+    low = dict.fromkeys(("temperature", "max_epochs", "max_length"), 1e-3) | dict.fromkeys(("alpha", "beta", "dropout",
+        "warmup_ratio", "teacher_epochs", "train_rows", "cache_teacher", "eval_rows", "compare"), 0)
     for name, least in low.items():
-        most = 1 if name in ("alpha", "beta", "warmup_ratio", "dropout") else math.inf
-        if not least <= getattr(config, name) <= most:
-            fail(f"--{name} {getattr(config, name)}: must be {'above' if least else 'at least'} 0, at most {most}")
+        most, value = 1 if name in ("alpha", "beta", "warmup_ratio", "dropout") else math.inf, getattr(config, name)
+        if not least <= value <= most:
+            fail(f"--{name} {value}: must be {'above' if least else 'at least'} 0" + ", at most 1" * (most == 1))
     for name, choices in {"phase": ("", "teacher", "student"), "teacher_dtype": [*DTYPES], "kd_reduction": (
             "token", "batchmean"), "divergence": ("forward", "reverse", "jsd")}.items():
         if getattr(config, name) not in choices:
@@ -720,18 +731,8 @@ def settle(config, given):
     if config.divergence == "jsd" and config.beta in (0, 1) or config.dropout == 1:
         fail("--beta 0 and 1 make --divergence jsd 0: use forward or reverse; --dropout must be below 1")
     if config.cache_teacher and config.kd_reduction == "batchmean":
-        fail("--cache_teacher holds supervised positions, --kd_reduction batchmean wants all: leave one of them out")
-    used = ["teacher"] * bool(config.teacher) + ["student"] * (config.phase != "teacher")
-    for flag in used + ["teacher_size"] * (not config.teacher):
-        name = getattr(config, flag)
-        if not Path(name).is_dir() and (flag == "teacher" or name not in SIZES):
-            fail(f"--{flag} {name}: no such folder" + f", and not one of {', '.join(SIZES)}" * (flag != "teacher"))
-        raw = or_fail(read_config, Path(name)) if Path(name).is_dir() else SIZES[name] | {"vocab_size": 1}
-        positions = or_fail(shape_of, raw, name).n_positions
-        if positions < config.max_length:
-            say(f"--max_length {positions}: {name} has no more positions")
-            config = dataclasses.replace(config, max_length=positions)
-    return config
+        fail("--cache_teacher holds supervised positions alone, --kd_reduction batchmean wants all")
+    return dataclasses.replace(config, max_length=shortest(config, say))
 
 
 def main(argv):

@@ -30,7 +30,7 @@ from runs import read_file, steps_in  # noqa: E402
 
 SMALL = train_distill.DEMO | train_distill.DRY | dict(              # whole, so that no process fills in a preset
     device="cpu", student="tiny", teacher_size="tiny", teacher_epochs=0, compare=0, learning_rate=3e-3, log_every=0,
-    eval_every=0, save_every=0, dry_run=True)
+    eval_every=0, save_every=0, dry_run=True, train_rows=0, temperature=3.0, alpha=0.5)
 LLAMA = {"model_type": "llama", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "hidden_act": "silu",
          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}

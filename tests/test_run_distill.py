@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import autopsy
 import train_distill
-from data.text import report
+from data.text import report, tables
 from data.text.tables import read_folder
 from runs import checkpoints, read_file, write_file
 
@@ -119,9 +119,9 @@ def test_a_dry_run_tells_what_it_does(dry, dry_runs):
     out = dry[1].out
     assert len(re.findall(r"^Training Configuration:$", out, re.M)) == 3
     assert out.count("  Warmup steps: 1 (20% of 5 total steps)\n") == 3 == out.count("  FP16: False   Device: ")
-    for said in ("Learning rate: 0.003 ", "Max gradient norm: 1.0\n", "Temperature: 3.0 ", "Alpha: 0.5 "):
+    for said in ("Learning rate: 0.004 ", "Max gradient norm: 1.0\n", "Temperature: 1.0 ", "Alpha: 0.9 "):
         assert re.search(f"^  .*{re.escape(said)}", out, re.M), said
-    first = re.search(r"^first forward: student logits (\[2, \d+, 257\]), teacher logits (\[.*\]), T 3.0, alpha 0.5; "
+    first = re.search(r"^first forward: student logits (\[2, \d+, 257\]), teacher logits (\[.*\]), T 1.0, alpha 0.9; "
                       r".*\b(\d+) supervised positions", out, re.M)
     assert first[1] == first[2] and int(first[3]) > 20
     number = r"(\d+\.\d{4})"
@@ -134,7 +134,7 @@ def test_a_dry_run_tells_what_it_does(dry, dry_runs):
     lines = re.findall(rf"^step \d/5 \d+\.0% \| {parts} \| grad norm .*\| lr .*\| skipped 0 \| .*tokens/s", log, re.M)
     assert len(lines) == 5
     for loss, _, _, kd, ce, _ in lines:             # what is added up, one denominator
-        assert float(loss) == pytest.approx(0.5 * float(kd) + 0.5 * float(ce), abs=2e-4)
+        assert float(loss) == pytest.approx(0.9 * float(kd) + 0.1 * float(ce), abs=2e-4)
     assert re.search(r"^ +teacher +KD \+ CE +CE alone +difference +5-gram +unigram$", out, re.M)
     ce = re.findall(rf"^step 0 micro-batch 0: .*  ce {number}\b", out, re.M)
     assert ce[2] == ce[1] != ce[0]                  # the same weights meet the same rows, with a teacher and without
@@ -265,17 +265,21 @@ def test_a_chain_killed_in_each_phase_goes_on_to_the_same_bits(data, chain, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {*RUNS}
 
 
-def test_the_command_that_a_stopped_chain_prints_goes_on_with_that_run_alone(data, tmp_path, capsys):
+def test_the_command_that_a_stopped_chain_prints_goes_on_with_the_chain(data, tmp_path, capsys):
+    """Only config.json of the last run knows then what was asked for."""
     fields = dict(data_dir=data, compare=1, **RUN | dict(max_steps=4, log_every=2, save_every=2, eval_every=0))
     with pytest.MonkeyPatch.context() as patch:
         arm("term:1:0:-ce0", patch)
         main_here(*training("", tmp_path / "run", **fields)[1:])
     said = re.search(r"go on with: python train_distill.py (.*)$", capsys.readouterr().out, re.M)[1]
-    assert "--run_name run-ce0" in said and not (tmp_path / "run").exists()
-    main_here(*said.split(), "--out_dir", tmp_path, "--device", "cpu")
-    assert last_checkpoint(tmp_path / "run-ce0")[0] == 4
-    assert {path.name for path in tmp_path.iterdir()} == {"run-teacher", "run-ce0"}
-    assert not (tmp_path / "run-ce0/comparison.json").exists()
+    assert said == "--resume --run_name run" and not checkpoints(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main_here(*said.split(), "--out_dir", tmp_path, "--max_length", 90)
+    assert "--max_length is 320 in the checkpoint, not 90" in capsys.readouterr().err
+    main_here(*said.split(), "--out_dir", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run-teacher", "run-ce0", "run"}
+    assert [last_checkpoint(path)[0] for path in tmp_path.iterdir()] == [4, 4, 4]
+    assert strict(tmp_path / "run/comparison.json")["steps"] == {"KD + CE": [4], "CE alone": [4]}
 
 
 FAULTS = {"kill-in-save:10:0": [5], "kill:13:0": [5, 10], "term:7:0": [5, 8], "int:11:0": [5, 10, 12]}
@@ -726,7 +730,7 @@ def test_a_file_without_a_good_row(tutor, tmp_path, capfd):
 
 def test_a_file_may_have_any_name(tutor, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(train_distill, "made_set", lambda _, name, *__: made.append(name) or train_distill.fail("here"))
+    monkeypatch.setattr(tables, "made_set", lambda _, name, *__: made.append(name) or train_distill.fail("here"))
     for name in ("my own data.jsonl", "mine.jsonl.gz"):
         (tmp_path / name).write_text("{}")
         with pytest.raises(SystemExit):

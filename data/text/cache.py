@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -25,8 +26,7 @@ def key_of(config, data):
         rows.update(np.ascontiguousarray(array).data)
     return {"teacher": {path.name: file_sha256(path) for path in files}, "rows": rows.hexdigest(), "vocab": data.vocab,
             "K": min(config.cache_teacher, data.vocab), "temperature": config.temperature,
-            "teacher_dtype": config.teacher_dtype,
-            "dtype": config.dtype}
+            "teacher_dtype": config.teacher_dtype, "dtype": str(pick_dtype(config.dtype, data.table.device)[0])}
 
 
 @torch.no_grad()
@@ -38,8 +38,10 @@ def cached_teacher(script, config, data):
     rows, device, dtype = np.sort(data.rows["train"]), data.table.device, pick_dtype(config.dtype, data.table.device)[0]
     K, begin = min(config.cache_teacher, data.vocab), np.zeros(len(data.length), np.int64)
     begin[rows] = np.cumsum(data.asked[rows]) - data.asked[rows]
-    folder = data.folder / "-".join(["teacher", *Path(config.teacher).resolve().parts[-2:], str(K)])
-    there, new = (folder / "meta.json").exists(), folder.with_name(f".{folder.name}.new")
+    few = [str(config.train_rows), str(config.seed)] * (config.train_rows > 0)      # each seed's are others
+    folder = data.folder / "-".join(["teacher", *Path(config.teacher).resolve().parts[-2:], str(K), *few])
+    there = (folder / "meta.json").exists()
+    new = folder.with_name(f".{folder.name}.{agree(os.getpid(), device)}.new")      # others may be at it too
     if rank() == 0:
         key = key_of(config, data)
         found = json.loads((folder / "meta.json").read_text()) if there else key
@@ -48,7 +50,12 @@ def cached_teacher(script, config, data):
     if not agree(there, device):
         n = int(data.asked[rows].sum())
         if rank() == 0:
-            new.mkdir(exist_ok=True)
+            need = n * (8 * K + 12)
+            if need > (free := shutil.disk_usage(data.folder).free):
+                fail(f"--cache_teacher {K}: {n:,} positions need {need / 1e9:.1f} GB, and {data.folder} has "
+                     f"{free / 1e9:.1f}")
+            print(f"asking the teacher about {n:,} positions, {need / 1e6:,.0f} MB", flush=True)
+            new.mkdir()
             for name, kind in KINDS.items():
                 shape = (n, K) if name in ("top", "log_p") else (n,)
                 np.lib.format.open_memmap(new / f"{name}.npy", "w+", kind, shape).flush()
@@ -60,7 +67,7 @@ def cached_teacher(script, config, data):
         for done, some in enumerate(batches):
             if done % world_size() == rank():
                 batch = script.get_rows(data, some)
-                with autocast(device, dtype):
+                with autocast(device, dtype), script.as_held(teacher):
                     h = teacher(batch["tokens"], False).flatten(0, 1)[batch["place"]]
                     spot = np.concatenate([np.arange(begin[row], begin[row] + data.asked[row]) for row in some])
                     for i in range(0, len(spot), size := max(1, (1 << 22) // data.vocab)):
@@ -75,11 +82,22 @@ def cached_teacher(script, config, data):
         agree(0, device)                            # all ranks have written
         if rank() == 0:
             (new / "meta.json").write_text(json.dumps(key))
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
+            for old in [folder, *folder.parent.glob(f".{folder.name}.*.new")]:
+                if old != new and not alive(old):   # left over by a process that was killed
+                    shutil.rmtree(old, ignore_errors=True)
+            new.rename(folder) if not folder.exists() else shutil.rmtree(new)
             print(f"the teacher's {K} likeliest tokens at {n:,} positions: {folder}", flush=True)
         agree(0, device)
     return {"begin": begin} | {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in KINDS}
+
+
+def alive(folder):
+    """Is the process at work that makes this .new folder?"""
+    try:
+        os.kill(int(folder.name.split(".")[-2]), 0)
+        return True
+    except (ValueError, IndexError, OSError):
+        return False
 
 
 def told(script, logits, targets, config, K):

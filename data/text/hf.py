@@ -42,7 +42,7 @@ UNQUANTISED = "quantised weights are not supported; use the model as it was befo
 SMALL = LLAMA | {"model_type": "llama", "num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": None,
                  "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}   # the tokenizer's to fill in
 SIZES = {"tiny": SMALL | dict(hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=176),
-         "small": SMALL | dict(hidden_size=128, num_hidden_layers=4, num_key_value_heads=4, intermediate_size=352)}
+         "small": SMALL | dict(hidden_size=96, num_hidden_layers=3, num_key_value_heads=4, intermediate_size=264)}
 SIZES |= {name: DEFAULTS["gpt2"] | {"model_type": "gpt2", "n_embd": width, "n_layer": layers, "n_head": heads}
           for name, width, layers, heads in (("gpt2", 768, 12, 12), ("gpt2-medium", 1024, 24, 16),
                                              ("gpt2-large", 1280, 36, 20), ("gpt2-xl", 1600, 48, 25))}

@@ -52,8 +52,8 @@ def score(script, model, options):
     h = model(torch.tensor(rest, device=device), False, past)
     for x, (ids, first) in zip(h, options):         # one by one: the logits may be large
         log_p = script.widen(F.linear(x[first - 1 - shared:len(ids) - 1 - shared], W)).log_softmax(1)
-        found.append(log_p.gather(1, torch.tensor(ids[first:], device=device)[:, None]).double().sum())
-    return torch.stack(found).cpu().numpy()
+        found.append(log_p.gather(1, torch.tensor(ids[first:], device=device)[:, None]).sum().cpu().double())
+    return torch.stack(found).numpy()
 
 
 def judge(questions, scores):

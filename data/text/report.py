@@ -56,6 +56,16 @@ def answer(tokenizer, ids):
     return tokenizer.decode([i for i in ids if i != tokenizer.eos]).split(END)[0]
 
 
+def tell(step, batch, parts, config, vocab):
+    """The first five steps in detail, as the original does; the only ones whose parts are read at once."""
+    asked, shape = float(batch["asked"].sum()), [*batch["tokens"].shape, vocab]
+    if step == batch["micro"] == 0:
+        print(f"first forward: student logits {shape}" + f", teacher logits {shape}, T {config.temperature}, alpha "
+              f"{config.alpha}" * ("kd" in parts) + f"; of them, in chunks, the {asked:,.0f} supervised positions")
+    values = "  ".join(f"{name} {float(x) * batch['count'] / max(1, asked):.4f}" for name, x in parts.items())
+    print(f"step {step} micro-batch {batch['micro']}: {values}", flush=True)
+
+
 def completions(script, model, data, path, n=8, split="val"):
     """Write n held-out prompts, always the same, each with the response of the data and the model's likeliest one."""
     path, table, prompt = Path(path), data.table.cpu().numpy(), np.load(data.folder / "prompt.npy")
@@ -241,7 +251,8 @@ def opened(script, flags, device):
     model = or_fail(script.load_model, folder / "best.safetensors", device)
     if not (folder / "hf/config.json").exists():
         fail(f"{folder} is not finished, it has no hf folder: --resume --run_name {flags.run_name} goes on")
-    about = model.about["config"] | {"run_name": flags.run_name, "student": str(folder / "hf")}
+    own = str(folder / "hf")                        # whatever it was made from may be gone
+    about = model.about["config"] | {"run_name": flags.run_name, "student": own, "teacher_size": own}
     return model, script.Config(**about), folder
 
 
@@ -289,6 +300,8 @@ def main_sample(script, argv):
     tokenizer = script.load_tokenizer(config.student)
     model.vocab = min(model.vocab, tokenizer.size)
     prompts = [(number, text, prompt_ids(tokenizer, text)) for number, text in enumerate(asked, 1) if text.strip()]
+    if not prompts:
+        fail("nothing is asked: --instruction and the lines of --prompts are blank")
     for number, _, ids in prompts:
         if len(ids) >= model.shape.n_positions or max(ids) >= model.shape.vocab_size:
             fail(f"instruction {number} has {len(ids):,} tokens, the highest id is {max(ids):,}; the model has "

@@ -1,14 +1,18 @@
 """Prepared text as tensors: all rows in one table of token ids, batches of any rows of it."""
+import functools
 import json
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import cast, rank
-from data.text.hf import read_config, shape_of
-from data.text.tokens import load_tokenizer, shared_size
+from common import cast, fail, rank
+from data.files import demo_set, file_sha256, made_set, or_fail
+from data.text.hf import SIZES, read_config, shape_of
+from data.text.tokens import Bytes, load_tokenizer, shared_size
 
 TAUGHT = ("top", "log_p", "tail", "teacher_ce", "teacher_logits")       # what a cache holds of each position
 
@@ -24,12 +28,30 @@ class Data:
     vocab: int  # ids that both tokenizers can emit
     tokenizer: object  # the student's
     folder: Path  # where the data lie
+    key: int = 0  # checksum of all that decides which rows these are
     cache: dict | None = None  # what the teacher said at the train split's supervised positions, see cached_teacher
 
-    @property
+    @functools.cached_property
     def asked(self):
         """Supervised positions of each row, (rows,) int64."""
         return self.length - self.first
+
+
+def find_folder(config, holders, device):
+    """The prepared folder that data_dir means: the demo set for none, a JSON-lines file's own, which rank 0 makes once
+    for each content and tokenizer."""
+    folder = Path(config.data_dir)
+    if not config.data_dir:
+        return demo_set("text", "demo300" if config.dry_run else "demo", device, *["--limit", "300"] * config.dry_run)
+    if not folder.exists():
+        fail(f"--data_dir {folder}: no such file of JSON lines, and no prepared folder")
+    if folder.is_dir():
+        return folder
+    tokenizer = or_fail(load_tokenizer, Path(holders[0])) if holders else None
+    key = f"{file_sha256(folder)[:8]}-{tokenizer.fingerprint[:8] if holders else 'bytes'}"
+    name = (re.sub(r"\W", "_", folder.name.split(".")[0]) or "rows") + f"-{key}"
+    more = ["--tokenizer", holders[0]] if holders else []
+    return made_set("text", name, device, "--input", config.data_dir, *more)
 
 
 def read_folder(folder, max_length, train_on_prompt, device):
@@ -51,9 +73,27 @@ def read_folder(folder, max_length, train_on_prompt, device):
     rows = {name: np.flatnonzero((split == i) & ~full) for i, name in enumerate(meta["splits"])}
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         raise ValueError(f"--data_dir {folder}: no rows in the train or the val split")
-    first = np.zeros_like(first) if train_on_prompt else first
+    first, key = np.zeros_like(first) if train_on_prompt else first, 0
+    for array in (tokens, offsets, length, first, split):
+        key = zlib.crc32(np.ascontiguousarray(array).data, key)
     return Data(torch.from_numpy(tokens.astype(np.int32)).to(device), offsets[:-1], length, first, rows,
-                tokenizer.size, tokenizer, folder)
+                tokenizer.size, tokenizer, folder, key)
+
+
+def shortest(config, say):
+    """max_length, or less if one of the models to come has fewer positions; one that is not there ends in fail()."""
+    used = ["teacher"] * bool(config.teacher) + ["student"] * (config.phase != "teacher")
+    least = config.max_length
+    for flag in used + ["teacher_size"] * (not config.teacher):
+        name = getattr(config, flag)
+        if not Path(name).is_dir() and (flag == "teacher" or name not in SIZES):
+            fail(f"--{flag} {name}: no such folder" + f", and not one of {', '.join(SIZES)}" * (flag != "teacher"))
+        raw = or_fail(read_config, Path(name)) if Path(name).is_dir() else SIZES[name] | {"vocab_size": 1}
+        positions = or_fail(shape_of, raw, name).n_positions
+        if positions < least:
+            least = positions
+            say(f"--max_length {least}: {name} has no more positions")
+    return least
 
 
 def share(data, holders, model):
@@ -64,11 +104,15 @@ def share(data, holders, model):
         if holder == model and other.fingerprint != data.tokenizer.fingerprint:
             raise ValueError(f"--data_dir {data.folder} was prepared with another tokenizer than {holder}'s: make it "
                              f"again with python data/text/prepare.py --input FILE --name N --tokenizer {holder}")
+        if isinstance(data.tokenizer, Bytes) != isinstance(other, Bytes):
+            raise ValueError(f"{data.folder} and {holder} have different tokenizers: one is of bytes; give rows for "
+                             "it, as --data_path FILE.jsonl")
         data.vocab = min(data.vocab, shared_size(other, data.tokenizer, (holder, str(data.folder))))
         if rows < data.vocab:
             raise ValueError(f"{holder} has {rows:,} rows of embeddings, its tokenizer {data.vocab:,} ids")
     if (most := int(data.table.max())) >= data.vocab:
         raise ValueError(f"--data_dir {data.folder}: id {most:,} is in its rows, the models share {data.vocab:,} ids")
+    return data
 
 
 def get_rows(data, rows, length=0, everywhere=False):
