@@ -587,9 +587,8 @@ def labelled(data, rows):
 
 def taken(data, step, config):
     """The rows that get_batch takes at a step, (batch_size,)."""
-    windows = functools.partial(distill.bucketed_rows, data, "train", config.batch_size, config.seed)
-    size = len(windows(0))
-    return windows(step // size)[step % size]
+    n, size = config.batch_size, max(1, min(distill.WINDOW, len(data.rows["train"]) // config.batch_size // 4))
+    return distill.bucketed_rows(data, "train", n, config.seed, step // size, size)[step % size]
 
 def trainer_steps(device, config, data, steps, length=0):
     """-> a side: `steps` optimizer steps of transformers' Trainer with original_loss, on our batches, padded to length,

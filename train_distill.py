@@ -1,7 +1,7 @@
 """
 Small language models from large ones: knowledge distillation of causal decoders, read from Hugging Face folders.
 
-python train_distill.py                               # no flags: a teacher, students with and without it, on a CPU too
+python train_distill.py                               # no flags: demo set, a teacher, students with and without it
 python train_distill.py --dry_run                     # everything once, in seconds
 python train_distill.py --phase teacher --run_name tutor && python train_distill.py --teacher out/tutor/hf
 python train_distill.py --teacher-model DIR --student-model-name gpt2 --data-path mine.jsonl --epochs 3 --dry-run

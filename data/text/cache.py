@@ -82,10 +82,14 @@ def cached_teacher(script, config, data):
         agree(0, device)                            # all ranks have written
         if rank() == 0:
             (new / "meta.json").write_text(json.dumps(key))
-            for old in [folder, *folder.parent.glob(f".{folder.name}.*.new")]:
+            for old in folder.parent.glob(f".{folder.name}.*.new"):
                 if old != new and not alive(old):   # left over by a process that was killed
                     shutil.rmtree(old, ignore_errors=True)
-            new.rename(folder) if not folder.exists() else shutil.rmtree(new)
+            if (folder / "meta.json").exists():     # another run was faster
+                shutil.rmtree(new)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
             print(f"the teacher's {K} likeliest tokens at {n:,} positions: {folder}", flush=True)
         agree(0, device)
     return {"begin": begin} | {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in KINDS}
