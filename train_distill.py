@@ -48,13 +48,13 @@ from torch import nn
 from common import (DTYPES, RING, Guard, NonFinite, agree, autocast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
 from data.files import or_fail
-from data.text import report
+from data.text import hf, report
 from data.text.cache import cached_teacher
-from data.text.hf import SIZES, read_config, read_weights, rope_frequencies, shape_of, write_folder
+from data.text.hf import SIZES, read_weights, rope_frequencies, shape_of, write_folder
 from data.text.tables import TAUGHT, find_folder, get_rows, packed, read_folder, share, shortest
 from data.text.tokens import load_tokenizer as read_tokenizer
-from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file,
-                  restore, resume_config, save_checkpoint, steps_in, write_file)
+from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, newest, parse_flags,
+                  read_config, read_file, restore, resume_config, save_checkpoint, steps_in, write_file)
 
 # B rows, T positions, N supervised positions of a batch, C of a chunk, V vocabulary, D width, H heads
 
@@ -115,8 +115,7 @@ class Config:
     fp16: bool = False  # the original's flag: --dtype float16 on a GPU, float32 on a CPU
 
     @property
-    def model(self):
-        """Folder or size of what is trained."""
+    def model(self):                                # folder or size of what is trained
         return self.teacher_size if self.phase == "teacher" else self.student
 
 
@@ -125,8 +124,8 @@ DEMO = dict(batch_size=16, max_epochs=40, teacher_epochs=3, train_rows=300, lear
 DRY = dict(batch_size=2, max_steps=5, eval_every=5, save_every=5, log_every=1, compare=1, eval_rows=32)
 ALIASES = {"epochs": "max_epochs", "lr": "learning_rate", "data_name": "data_dir=data/text/{}",
            "data_path": "data_dir", "teacher_model": "teacher", "student_model_name": "student"}
-FIXED = ("data_dir", "phase", "teacher", "student", "teacher_size", "train_on_prompt", "max_length", "train_rows",
-         "compare", "seed")                         # a resume keeps them
+FIXED = ("data_dir", "phase", "teacher", "student", "teacher_size", "train_on_prompt", "train_rows", "compare",
+         "seed")                                    # a resume keeps them; max_length is in the checksum of the rows
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -141,8 +140,7 @@ def load_data(config, device="cpu"):
     folder = find_folder(config, holders, device)
     data = or_fail(read_folder, folder, config.max_length, config.train_on_prompt, device)
     if config.train_rows and config.phase == "student":
-        chosen = np.random.default_rng(config.seed).permutation(data.rows["train"])[:config.train_rows]
-        data.rows["train"] = np.sort(chosen)
+        data.rows["train"] = np.random.default_rng(config.seed).permutation(data.rows["train"])[:config.train_rows]
     return or_fail(share, data, holders, config.model)
 
 
@@ -267,7 +265,7 @@ class Decoder(nn.Module):
 def load_hf(folder, device="cpu", dtype=torch.float32, dropout=0.0, vocab=0):
     """A Hugging Face folder -> Decoder in eval mode, its weights in dtype. What is missing, unexpected, mis-shaped, not
     finite or not supported is named and ends in fail()."""
-    raw = or_fail(read_config, Path(folder))
+    raw = or_fail(hf.read_config, Path(folder))
     shape = or_fail(shape_of, raw, f"{folder}/config.json")
     tensors = or_fail(read_weights, Path(folder), shape, dtype)
     with torch.device("meta"):                      # so that the weights are there once
@@ -282,13 +280,13 @@ def save_hf(model, folder):
     write_folder(Path(folder), model.raw, model.shape, model_tensors(model))
 
 
-def build_model(config, vocab, eos=None):
+def build_model(config, vocab, tokenizer=None):
     """The phase's model: a Hugging Face folder, or a size with random weights. about is what load_model needs."""
     if (Path(config.model) / "config.json").exists():
         model = load_hf(config.model, "cpu", torch.float32, config.dropout, vocab)
     else:
-        own = {"vocab_size": vocab, "bos_token_id": None, "eos_token_id": eos}
-        model = Decoder(SIZES[config.model] | own, config.dropout, vocab)
+        own = {"vocab_size": getattr(tokenizer, "size", vocab), "eos_token_id": getattr(tokenizer, "eos", None)}
+        model = Decoder(SIZES[config.model] | {"bos_token_id": None} | own, config.dropout, vocab)
     model.about = {"config": dataclasses.asdict(config), "raw": model.raw, "vocab": vocab}
     return model
 
@@ -378,9 +376,10 @@ class ChunkedLoss(torch.autograd.Function):
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):
             x, W = (y.to(low or weight.dtype) for y in (h, weight[:mix.vocab]))
-            if "weight" in taught:
-                taught_x, taught_W = (y.to(low or taught["weight"].dtype) for y in (
-                    taught["h"], taught["weight"][:mix.vocab]))
+            if "weight" in taught:                  # a teacher that is held in less computes in that
+                taught_x, taught_W = taught["h"], taught["weight"][:mix.vocab]
+                if low and taught_W.dtype == torch.float32:
+                    taught_x, taught_W = taught_x.to(low), taught_W.to(low)
             dh, dW = (torch.empty_like(x, dtype=h.dtype), torch.zeros_like(weight)) if needed else (None, None)
             ctx.grads, total = (dh, dW, mix.scale), widen(x.new_zeros(len(PARTS)))
             chunk = max(1, CHUNK.get(device, 1 << 24) // mix.vocab)
@@ -553,11 +552,11 @@ def run_training(config, device):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"config": asked}, indent=1))
     for one in (*chain, config):
-        if one.resume and one is not config and (saved := newest(Path(one.out_dir) / one.run_name)):
-            one = resume_config(one, {*FIXED, "resume"}, saved[2]["config"], FIXED)
+        if one.resume and (saved := newest(Path(one.out_dir) / one.run_name)):      # only to refuse what does not fit
+            resume_config(one, {*FIXED} - {"teacher"}, saved[2]["config"], FIXED)
         listen()                                    # again: the phase before is over
         done = run_phase(one, device, name)
-        if "table" not in done:                     # stopped by a signal
+        if done["stopped"] and ("table" not in done or one is not config):
             return done
     if config.compare and rank() == 0 and config.phase == "student":
         done["comparison"] = report.comparison(config)
@@ -571,10 +570,11 @@ def run_phase(config, device, name):
     if config.teacher:                              # what is wrong with it is said now
         frozen_teacher(config.teacher, config.teacher_dtype, str(device))
     torch.manual_seed(config.seed)
-    raw_model = build_model(config, data.vocab, data.tokenizer.eos).to(device)
+    raw_model = build_model(config, data.vocab, data.tokenizer).to(device)
     raw_model.about["rows"] = data.key
     if config.cache_teacher and config.teacher and config.alpha:
         data.cache = cached_teacher(sys.modules[__name__], config, data)
+        frozen_teacher.cache_clear()                # a validation brings it back
     matrices, vectors = ([p for p in raw_model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
                                   weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
@@ -588,7 +588,7 @@ def run_phase(config, device, name):
         saved = load_newest(folder, device)
         if saved:
             if [saved[1]["about"][key] for key in ("vocab", "rows")] != [data.vocab, data.key]:
-                fail(f"--data_dir {config.data_dir or '(demo)'}: its rows or vocabulary are not the checkpoint's")
+                fail(f"--data_dir, --max_length {config.max_length}: rows or vocabulary are not the checkpoint's")
             restore(raw_model, optimizer, *saved)
             start, best = saved[1]["step"], saved[1]["best"]
     if start > max_steps:
@@ -683,7 +683,7 @@ def run_phase(config, device, name):
         raise
     if not last:
         run.log(f"stopped by a signal; go on with: python train_distill.py --resume --run_name {name}")
-        return {"step": step, "best": best}
+        return {"step": step, "best": best, "stopped": True}
     listen(False)                                   # all is saved: from here on Ctrl-C may end the program
     agree(0, device)                                # best.safetensors is there
     best_model = or_fail(load_model, folder / "best.safetensors", device)
@@ -693,26 +693,26 @@ def run_phase(config, device, name):
     scores = {split: evaluate(best_model, data, config, split) for split in ("val", "test") if len(data.rows[split])}
     table = report.table(sys.modules[__name__], best_model, data, config, scores, folder, run.log) if run.main else {}
     agree(0, device)                                # the others wait for hf/ and the table
-    return {"step": step, "best": best, "table": table}
+    return {"step": step, "best": best, "table": table, "stopped": stop}
 
 
 # ------------------------------------------------------------------------------------------------------------ main
 def settle(config, given):
     """Fill in what the flags left open and refuse what cannot work for this model -> Config"""
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
-    alone = {"compare": 0} if config.phase or config.teacher else {}
-    demo, dry = DEMO | alone, DRY | alone
-    if not config.data_dir:                         # before complete(), so that a resume keeps what it had
+    demo, dry = (x | ({"compare": 0} if config.phase or config.teacher else {}) for x in (DEMO, DRY))
+    folder, filled = Path(config.out_dir) / config.run_name, given
+    if config.resume and config.run_name and not checkpoints(folder) and (folder / "config.json").exists():
+        asked = read_config(str(folder / "config.json"), Config.__dataclass_fields__)   # of a chain that was stopped
+        config, filled = resume_config(config, given, asked, FIXED), given | {*asked}
+    elif not config.data_dir:                       # before complete(), so that a resume keeps what it had
         demo |= {"max_epochs": demo["teacher_epochs"]} if config.phase == "teacher" else {}
         demo = {name: x for name, x in demo.items() if name not in given}
         config = dataclasses.replace(config, **demo)
-        say("demo set: " + " ".join(f"--{name} {x}" for name, x in demo.items()))
-    folder = Path(config.out_dir) / config.run_name
-    if config.resume and config.run_name and not checkpoints(folder) and (folder / "config.json").exists():
-        asked = json.loads((folder / "config.json").read_text())["config"]      # of a chain, stopped in an early phase
-        config, given = resume_config(config, given, asked, FIXED), given | {*asked}
-    config = complete(config, given, {}, dry, FIXED)
-    if config.fp16:
+        if not config.resume:
+            say("demo set: " + " ".join(f"--{name} {x}" for name, x in demo.items()))
+    config = complete(config, filled, {}, dry, FIXED)
+    if config.fp16 and "dtype" not in given:
         cuda = config.device != "cpu" and torch.cuda.is_available()
         config = dataclasses.replace(config, dtype="float16" if cuda else "float32")
         say(f"--fp16: --dtype {config.dtype}" + ", since there is no GPU" * (not cuda))

@@ -78,7 +78,7 @@ def write_model(folder, raw=LLAMA, seed=0, std=0.3, tokenizer=Bytes()):
 def small_config(**fields):
     """A Config of SMALL and the fields, after settle()."""
     config = train_distill.Config(**SMALL | {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()})
-    return train_distill.settle(config, {*vars(config)})
+    return train_distill.settle(config, {*vars(config)} - ({"dtype"} - {*fields}))
 
 
 def fields_of(data_dir, folder, fields):

@@ -274,8 +274,8 @@ def test_the_command_that_a_stopped_chain_prints_goes_on_with_the_chain(data, tm
     said = re.search(r"go on with: python train_distill.py (.*)$", capsys.readouterr().out, re.M)[1]
     assert said == "--resume --run_name run" and not checkpoints(tmp_path / "run")
     with pytest.raises(SystemExit):
-        main_here(*said.split(), "--out_dir", tmp_path, "--max_length", 90)
-    assert "--max_length is 320 in the checkpoint, not 90" in capsys.readouterr().err
+        main_here(*said.split(), "--out_dir", tmp_path, "--seed", 9)
+    assert "--seed is 0 in the checkpoint, not 9" in capsys.readouterr().err
     main_here(*said.split(), "--out_dir", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"run-teacher", "run-ce0", "run"}
     assert [last_checkpoint(path)[0] for path in tmp_path.iterdir()] == [4, 4, 4]
@@ -770,11 +770,12 @@ def test_an_existing_run_is_not_overwritten(ways, straight, refused):
 
 def test_a_resume_keeps_the_model_and_the_data(straight, tutor, refused, tmp_path):
     words = ["--resume", "--run_name", "student", "--out_dir", straight["student"].parent, "--device", "cpu"]
-    others = {"teacher": straight["teacher"] / "hf", "student": "small", "max_length": 100, "data_dir": tmp_path,
-              "phase": "teacher", "seed": 2, "compare": 2}
+    others = {"teacher": straight["teacher"] / "hf", "student": "small", "data_dir": tmp_path, "phase": "teacher",
+              "seed": 2, "compare": 2}
     for flag, value in others.items():
         assert f"--{flag} is " in refused(*words, f"--{flag}", value)
     assert "--train_on_prompt is False" in refused(*words, "--train_on_prompt")
+    assert "--max_length 100: rows or vocabulary are not the checkpoint's" in refused(*words, "--max_length", 100)
     assert "beyond --max_steps 7" in refused(*words, "--max_steps", 7)
     assert "there is accum, cached, student, teacher" in refused("--resume", "--out_dir", straight["student"].parent)
     tensors, body = read_file(checkpoints(straight["student"])[-1])

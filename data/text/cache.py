@@ -55,6 +55,7 @@ def cached_teacher(script, config, data):
                 fail(f"--cache_teacher {K}: {n:,} positions need {need / 1e9:.1f} GB, and {data.folder} has "
                      f"{free / 1e9:.1f}")
             print(f"asking the teacher about {n:,} positions, {need / 1e6:,.0f} MB", flush=True)
+            shutil.rmtree(new, ignore_errors=True)  # in a container numbers of processes come again
             new.mkdir()
             for name, kind in KINDS.items():
                 shape = (n, K) if name in ("top", "log_p") else (n,)
@@ -99,9 +100,11 @@ def alive(folder):
     """Is the process at work that makes this .new folder?"""
     try:
         os.kill(int(folder.name.split(".")[-2]), 0)
-        return True
-    except (ValueError, IndexError, OSError):
+    except (ValueError, ProcessLookupError):
         return False
+    except OSError:                                 # somebody else's
+        pass
+    return True
 
 
 def told(script, logits, targets, config, K):

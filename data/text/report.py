@@ -272,6 +272,8 @@ def main_eval(script, argv):
     model.vocab = min(model.vocab, data.vocab)
     if int(data.table.max()) >= model.vocab:
         fail(f"--data_dir {data.folder} has ids up to {int(data.table.max()):,}, the model only {model.vocab:,}")
+    if "split" not in given and not len(data.rows.get("test", [])):
+        flags.split = "val"                         # as at the end of a training
     splits = [name for name in dict.fromkeys((flags.split, "val" if flags.split == "test" else flags.split))
               if len(data.rows.get(name, []))]
     if flags.split not in splits:
