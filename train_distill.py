@@ -140,7 +140,7 @@ def load_data(config, device="cpu"):
     folder = find_folder(config, holders, device)
     data = or_fail(read_folder, folder, config.max_length, config.train_on_prompt, device)
     if config.train_rows and config.phase == "student":
-        data.rows["train"] = np.random.default_rng(config.seed).permutation(data.rows["train"])[:config.train_rows]
+        data.keep(config.train_rows, config.seed)
     return or_fail(share, data, holders, config.model)
 
 

@@ -36,6 +36,10 @@ class Data:
         """Supervised positions of each row, (rows,) int64."""
         return self.length - self.first
 
+    def keep(self, n, seed):
+        """Leave n of the training rows, drawn with the seed."""
+        self.rows["train"] = np.sort(np.random.default_rng(seed).permutation(self.rows["train"])[:n])
+
 
 def find_folder(config, holders, device):
     """The prepared folder that data_dir means: the demo set for none, a JSON-lines file's own, which rank 0 makes once
