@@ -189,7 +189,7 @@ def test_the_demo_set_with_conditions_has_a_name_of_its_own(tmp_path, monkeypatc
     found = [load_data(Config(dry_run=dry_run, **fields)) for fields in ({}, BOTH, dict(scaffold=True), {})]
     name, limit = ("demo500", ["--limit", "500"]) if dry_run else ("demo", [])
     more = ["--props", "logp,sas,tpsa,qed", "--scaffold"]
-    assert commands == [["--demo", "--name", name, *limit], ["--demo", "--name", f"{name}_conditions", *more, *limit]]
+    assert commands == [["--demo", *limit, "--name", name], ["--demo", *more, *limit, "--name", f"{name}_conditions"]]
     assert [x.props is None for x in found] == [True, False, True, True]
 
 
