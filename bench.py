@@ -4,12 +4,10 @@ Side by side: each script against what a user would run instead, interleaved in 
 python bench.py                                       # all rows, a few minutes on a CPU -> a table in Markdown
 python bench.py guard "logbert train"                 # the rows whose names hold one of these words
 python bench.py --full                                # 15 pairs of runs instead of 5
-python bench.py --molecules data/molecules/moses      # train_edl's rows on a prepared set
-python bench.py --spectra data/spectra/massbank       # train_student's rows on a prepared set
-python bench.py --text data/text/mine                 # train_distill's rows on a prepared set
+python bench.py --molecules DIR --spectra DIR --text DIR      # prepared sets instead of the demo sets
 python bench.py --gpu                                 # the same rows on cuda
 python bench.py --gpu --dry_run                       # does it all run? tiny, in seconds, without a GPU too
-pip install transformers accelerate drain3 torch_geometric      # the peers; a row without its own says so, no ratio
+pip install transformers accelerate drain3            # the peers; a row without its own says so, no ratio
 
 A row times a piece of our work, then one of the peer's, ours again ..., after one untimed piece of each. A ratio is
 made of neighbours only, so that what else the machine does falls on both; its median stands before its range over the
@@ -134,11 +132,9 @@ def new_model(script, config, data, device):
             script.build_model(config, data.vocab if script is distill else data.molecules.bins)).to(device)
 
 FIRST = 5                                           # the step a side begins with: those before, train_distill prints
-
 def our_steps(script, device, config, steps, guarded=True, model=None, data=None):
     """-> a side: `steps` optimizer steps as the script takes them; guarded=False: and nothing looks at them."""
-    # each side its own, or one would find what the other has sorted
-    data = copy.copy(data) if data else script.load_data(config, device)
+    data = copy.copy(data) if data else script.load_data(config, device)    # its own: lookups of rows are remembered
     model = wrap_ddp(new_model(script, config, data, device) if model is None else model, device).train()
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
@@ -253,19 +249,17 @@ def mfu(flops, device):
 def utilization(config, data, rate, device):
     """What else is known of a GPU that trains on so many molecules/s."""
     size = sum(p.numel() for p in new_model(edl, config, data, device).parameters())
-    flops = 6 * size * rate * data.length[data.rows["train"]].mean()
-    return (f"; {mfu(flops, device)} (6 x {size:,} parameters x tokens/s); computed: {MOSES / rate:,.0f} s for "
-            f"{MOSES:,} molecules")
+    share = mfu(6 * size * rate * data.length[data.rows["train"]].mean(), device)
+    return f"; {share} (6 x {size:,} parameters x tokens/s); computed: {MOSES / rate:,.0f} s for {MOSES:,} molecules"
 
 def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
     transformers, data = peer("transformers"), edl.load_data(config, device)
     table, length = data.table.cpu().numpy(), data.block if longest else 0
     rows = NextTokens(table[start:start + n + 1] for start, n in zip(
         data.start[data.rows["train"]].tolist(), data.length[data.rows["train"]].tolist()))
-    sides = [our_steps(edl, device, config, steps),
-             plain_steps(device, config, gpt2(transformers, config, data, device), rows, steps,
-                         *token_loss(length, edl.EOS))
-             if transformers else None]
+    sides = [our_steps(edl, device, config, steps), plain_steps(
+        device, config, gpt2(transformers, config, data, device), rows, steps, *token_loss(length, edl.EOS))
+        if transformers else None]
     rates = measure(device, pairs, sides, turns)
     more = utilization(config, data, np.median(rates[0]), device) if device.type == "cuda" or config.dry_run else ""
     return Row("molecules/s", ">= 1.6x", "transformers", rates, peak_memory(device, sides),
@@ -290,7 +284,6 @@ def edl_sample(device, pairs, config, steps=300, n=256):
         drawn = other.generate(start, attention_mask=torch.ones_like(start), do_sample=True, use_cache=True, top_k=0,
                                top_p=1.0, temperature=1.0, max_new_tokens=data.block)
         return len(["".join(data.vocab[i] for i in ids if i > edl.EOS) for ids in drawn.tolist()])
-
     sides = [mine, plain if transformers else None]
     return Row("molecules/s", ">= 3x", "transformers", measure(device, pairs, sides), peak_memory(device, sides),
                f"{n} SMILES drawn at once with a KV cache, ours with NLL and uncertainties; transformers "
@@ -405,7 +398,6 @@ def logbert_score(device, pairs, config, view, sample=100):
         scores = np.full(len(drawn), -np.inf)
         np.maximum.at(scores, owner, nll)
         return len(scores)
-
     sides = [distinct, plain if transformers else None]
     *rates, alone = measure(device, pairs, [*sides, each])
     without = f"{np.median(alone):,.0f}" + (f", {np.median(alone / rates[1]):.1f}x" if transformers else "")
@@ -434,7 +426,6 @@ def logs_prepare(device, pairs, config, lines=200_000, sample=20_000):
             for text in texts[:sample]:
                 miner.add_log_message(header.match(text)["content"])
             return min(sample, lines)
-
         rates = measure(device, pairs, [read, mine if drain3 else None])
     return Row("lines/s", ">= 50,000 lines/s", "drain3", rates, [],
                f"{lines:,} raw lines of known templates to sessions of keys and gaps; drain3 TemplateMiner on the "
@@ -471,13 +462,11 @@ def student_train(device, pairs, config, steps=4, turns=5, most=4_000):
     owner, bins = data.molecule[spectra], data.molecules.bins
     rows = TensorDataset(*dense_rows(map(data.smiles, owner), bins), data.dense(spectra).sqrt(), torch.tensor(owner))
     library, whose = data.dense(data.first[pool]).sqrt().to(device), torch.from_numpy(pool).to(device)
-
     def loss_of(model, fingerprint, mass, fragments, target, owner):
         drawn = torch.randperm(len(library), device=device)[:student.RIVALS]
         batch = {"fingerprint": fingerprint, "mass": mass, "fragments": fragments, "target": target, "micro": 0,
                  "rivals": library[drawn], "are_own": owner[:, None] == whose[drawn], "count": len(mass)}
         return student.compute_loss(model, batch, 0, config)[0]
-
     sides = [our_steps(student, device, config, steps),
              plain_steps(device, config, dense_student(new_model(student, config, data, device)), rows, steps, loss_of)]
     return Row("spectra/s", ">= 1x", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
@@ -490,7 +479,6 @@ def student_predict(device, pairs, config, n=256, turns=2):
     smiles = [data.smiles(row) for row in np.resize(data.rows["train"], n)]
     model, bins = new_model(student, config, data, device).eval(), data.molecules.bins
     other = dense_student(model)
-
     def mine():
         made = features.join([features.featurise(features.read_smiles(one), False) for one in smiles])
         return student.predict(model, Molecules(made, bins, device), np.arange(n))
@@ -500,7 +488,6 @@ def student_predict(device, pairs, config, n=256, turns=2):
         columns = (column.to(device) for column in dense_rows(smiles, bins))
         root = other(dict(zip(("fingerprint", "mass", "fragments"), columns)))[0]
         return (root / root.amax(1, keepdim=True).clamp(min=1e-9)).square().cpu()
-
     torch.set_num_threads(1)
     torch.testing.assert_close(mine(), plain(), rtol=0, atol=1e-3)
     sides = [lambda: len(mine()), lambda: len(plain())]
@@ -509,39 +496,6 @@ def student_predict(device, pairs, config, n=256, turns=2):
     return Row("molecules/s", "<= 1 ms per molecule", "", rates, memory,
                f"SMILES to spectra, {n} at once, one thread, {1000 / np.median(rates[0]):.2f} ms each; RDKit's "
                "fingerprints as dense rows, the same fragments, the same model with nn.Linear")
-
-class GeometricGINE(torch.nn.Module):
-    """train_student's GINE, taken over: torch_geometric's GINEConv with its weights."""
-    def __init__(self, nn, layer):
-        super().__init__()
-        self.norm, self.bond = layer.norm, layer.bond
-        inner = torch.nn.Sequential(layer.up, torch.nn.GELU(), layer.drop, layer.down)
-        self.conv = nn.GINEConv(copy.deepcopy(inner), train_eps=True).to(layer.eps.device)
-        self.conv.nn.load_state_dict(inner.state_dict())        # it had drawn new ones
-        self.conv.eps.data.fill_(layer.eps.item())
-
-    def forward(self, h, edges, edge_kind):
-        return h + self.conv(self.norm(h), edges, self.bond(edge_kind))
-
-def student_gine(device, pairs, config, n=64, steps=4, turns=5):
-    nn, data = peer("torch_geometric") and peer("torch_geometric.nn"), student.load_data(config, device)
-    batch = data.molecules.inputs(np.resize(data.rows["train"], n), True)
-    models = [student.Encoder(config).to(device).eval()]
-    if nn:
-        models.append(copy.deepcopy(models[0]))
-        models[1].layers = torch.nn.ModuleList(GeometricGINE(nn, layer) for layer in models[1].layers)
-        torch.testing.assert_close(models[0](batch), models[1](batch), rtol=0, atol=1e-4)
-
-    def both_ways(model):
-        for _ in range(steps):
-            model.zero_grad()
-            model(batch)[:, 0].sum().backward()     # of a whole row it would be 0: the last norm sees to that
-        return steps * n
-
-    sides = [functools.partial(both_ways, model.train()) for model in models]
-    return Row("molecules/s", ">= 1x", "torch_geometric", measure(device, pairs, sides, turns),
-               peak_memory(device, sides), f"forward and backward of the atoms of {n} molecules, {config.gnn_layers} "
-               f"layers of {config.gnn_width}; torch_geometric GINEConv with the same norms, residuals and weights")
 
 # ---------------------------------------------------------------------------------------------------- train_distill
 GPT2S = {"dry": ((16, 1, 2), (32, 2, 2)), "cpu": ((256, 4, 4), (384, 6, 6)),     # width, layers, heads of the student
@@ -592,18 +546,16 @@ def taken(data, step, config):
 
 def trainer_steps(device, config, data, steps, length=0):
     """-> a side: `steps` optimizer steps of transformers' Trainer with original_loss, on our batches, padded to length,
-    or to their longest; and a list of which share of a piece was over when its first loss was asked for."""
+    or to their longest. Its start-up is 1 to 3 % of four such steps."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     model, teacher = (transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
                       for folder in (config.student, config.teacher))
     teacher.eval().requires_grad_(False)
     data, dtype, turns = copy.copy(data), pick_dtype(config.dtype, device)[0], itertools.count(FIRST)
-    began, startup = [], []
 
     class Distiller(transformers.Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            began.append(time.perf_counter())
             outputs = model(**inputs)
             with torch.no_grad(), autocast(device, dtype):
                 taught = teacher(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -624,13 +576,11 @@ def trainer_steps(device, config, data, steps, length=0):
     trainer.remove_callback(transformers.PrinterCallback)
 
     def side():
-        start, _ = time.perf_counter(), began.clear()
         trainer.train_dataset = [row for step in itertools.islice(turns, steps)
                                  for row in labelled(data, taken(data, step, config))]
         trainer.train()
-        startup.append((began[0] - start) / (time.perf_counter() - start))
         return steps * config.batch_size
-    return side, startup
+    return side
 
 def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached=False, full=None):
     full = device.type == "cuda" and not longest if full is None else full      # a GPU's MFU is that of full rows
@@ -638,7 +588,7 @@ def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached
     data = distill_rows(device, config, full, 96 * cached)
     with distill_models(device, config, data.vocab) as config:
         data.folder, online = Path(config.student).parent, our_steps(distill, device, config, steps, data=data)
-        sides, startup, extra, what = [online], [], [], ""
+        sides, extra, what = [online], [], ""
         if cached:
             about = dataclasses.replace(config, cache_teacher=64)
             made = dataclasses.replace(data, cache=cached_teacher(distill, about, data))
@@ -647,8 +597,7 @@ def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached
             every_one = dataclasses.replace(data, first=0 * data.first)
             extra, what = [our_steps(distill, device, config, steps, data=every_one)], "ours with --train_on_prompt"
         if there:
-            side, startup = trainer_steps(device, config, data, steps, length)
-            sides.append(side)
+            sides.append(trainer_steps(device, config, data, steps, length))
         rates = measure(device, pairs, [*sides, *extra], turns) * data.length[data.rows["train"]].mean()
         memory, more = peak_memory(device, sides), ""
         if device.type == "cuda" or config.dry_run:
@@ -658,11 +607,7 @@ def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached
                     f"{sizes[1]:,} parameters x tokens/s)")
     if extra:
         *rates, other = rates
-        more += f"; {what}: {np.median(other):,.0f} tokens/s" + (
-            f", ours above {np.median(rates[0] / other):.1f}x that" if cached else
-            f", {np.median(other / rates[1]):.1f}x the peer" if there else "")
-    if startup:
-        more += f"; {np.median(startup):.1%} of the peer's time is start-up"
+        more += f"; {what}: {np.median(other):,.0f} tokens/s"
     share = data.asked[data.rows["train"]].sum() / data.length[data.rows["train"]].sum()
     rows = f"optimizer steps of {config.batch_size} rows" + (
         f" of {config.max_length} random tokens" if full else f", {share:.0%} of their tokens supervised")
@@ -684,18 +629,19 @@ def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
 
     def chunked():
         taught = {"h": taught_h[place], "weight": taught_W}
-        distill.ChunkedLoss.apply(h[place], W, targets[place], asked[place].float(), taught, mix)[0].backward()
-        h.grad = W.grad = None
-        return n
+        return distill.ChunkedLoss.apply(h[place], W, targets[place], asked[place].float(), taught, mix)[0]
 
     def whole():
         logits, taught = ((x @ weight.T).view(B, T, vocab) for x, weight in ((h, W), (taught_h, taught_W)))
         ce = F.cross_entropy(logits.flatten(0, 1), targets.where(asked, IGNORE))
-        original_loss(logits, taught, ce, config).backward()
+        return original_loss(logits, taught, ce, config)
+
+    def side(loss_of):
+        loss_of().backward()
         h.grad = W.grad = None
         return n
-
-    rates, peaks = measure(device, pairs, [chunked, whole]), peak_memory(device, [chunked, whole])
+    sides = [functools.partial(side, loss_of) for loss_of in (chunked, whole)]
+    rates, peaks = measure(device, pairs, sides), peak_memory(device, sides)
     memory = [peak - 4 * (W.numel() + h.numel()) for peak in peaks]
     return Row("positions/s", "<= 100 MiB on a CPU", "", rates, memory,
                f"loss and backward of {n} supervised positions of {B} x {T}, widths {widths[0]} and {widths[1]}: "
@@ -707,7 +653,7 @@ def tell_memory(kind, config, steps, ours):
     device, config = launch(kind), distill.Config(**config)
     data = distill_rows(device, config)
     (our_steps(distill, device, config, steps, data=data) if ours else
-     trainer_steps(device, config, data, steps, config.max_length)[0])()
+     trainer_steps(device, config, data, steps, config.max_length))()
     # not getrusage's ru_maxrss: that begins with the peak of the process that started this one
     print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6)
 
@@ -726,24 +672,23 @@ def distill_guard(device, pairs, config, steps=2, turns=3):
     data = distill_rows(device, config)
     with distill_models(device, config, data.vocab) as config:
         return guard_cost(device, pairs, config, distill, "rows/s", steps, turns, data)
+
 # ------------------------------------------------------------------------------------------------------------- main
 TINY = dict(steps=1, turns=1)
-EDL_GUARD, LOGBERT_GUARD = dict(script=edl, unit="molecules/s"), dict(script=logbert, unit="sessions/s")
 ROWS = {                                            # a function, what it is told, and what else in a dry run
     "train_edl train": (edl_train, {}, TINY),
     "train_edl train, peer padded to the longest row": (edl_train, dict(longest=True, turns=3), TINY),
     "train_edl sample": (edl_sample, {}, dict(steps=2, n=8)),
     "train_edl evidential head on / off": (edl_head, {}, TINY),
-    "train_edl guard on / off": (guard_cost, EDL_GUARD, TINY),
+    "train_edl guard on / off": (guard_cost, dict(script=edl, unit="molecules/s"), TINY),
     "train_edl two processes / one": (edl_pair, {}, TINY),
     "train_logbert train": (logbert_train, {}, TINY),
     "train_logbert train, peer padded to 512": (logbert_train, dict(steps=4, turns=1, length=512), dict(steps=1)),
     "train_logbert score, bag view": (logbert_score, dict(view="bag"), dict(sample=3)),
     "train_logbert score, ordered view": (logbert_score, dict(view="ordered"), dict(sample=3)),
-    "train_logbert guard on / off": (guard_cost, LOGBERT_GUARD, TINY),
+    "train_logbert guard on / off": (guard_cost, dict(script=logbert, unit="sessions/s"), TINY),
     "train_student train": (student_train, {}, TINY),
     "train_student predict": (student_predict, {}, dict(n=8, turns=1)),
-    "train_student teacher GINE": (student_gine, {}, TINY),
     "train_student guard on / off": (guard_cost, dict(script=student, unit="spectra/s", turns=5), TINY),
     "train_distill train": (distill_train, dict(steps=2), TINY | dict(full=True)),
     "train_distill train, peer padded to its longest": (distill_train, dict(longest=True), TINY),
@@ -758,8 +703,7 @@ SCRIPTS = {"train_edl": (edl, "molecules"), "train_student": (student, "spectra"
 CHANGED = {student: {"phase": "student"}, distill: {"phase": "student", "batch_size": 4}}
 
 def settings(script, device, dry_run, data_dir=""):
-    """The script's own Config on this device; train_student's is that of one without a teacher, train_distill's as for
-    a user's own models."""
+    """The script's own Config on this device; without a teacher, or as for a user's own models."""
     large = script is distill and device.type == "cuda"
     return script.Config(**(getattr(script, "CPU", {}) if device.type == "cpu" else {}) | CHANGED.get(script, {})
                          | (dict(dtype="bfloat16", batch_size=8, max_length=1024) if large else {})
@@ -771,9 +715,8 @@ def main(argv=None):
     parser.add_argument("--full", action="store_true", help="15 pairs instead of 5")
     parser.add_argument("--gpu", action="store_true", help="on cuda")
     parser.add_argument("--dry_run", action="store_true", help="1 pair of tiny sizes: does every row run?")
-    parser.add_argument("--molecules", default="", help="prepared set of train_edl's rows; empty: the demo set")
-    parser.add_argument("--spectra", default="", help="prepared set of train_student's rows; empty: the demo set")
-    parser.add_argument("--text", default="", help="prepared set of train_distill's rows; empty: the demo set")
+    for name, (_, flag) in SCRIPTS.items():
+        parser.add_argument(f"--{flag}", default="", help=f"prepared set of {name}'s rows; empty: the demo set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers, distill_memory
     flags = parser.parse_args(argv)
@@ -791,8 +734,7 @@ def main(argv=None):
     torch.set_num_threads(flags.threads)
     device, pairs = torch.device("cuda" if cuda else "cpu"), 1 if flags.dry_run else 15 if flags.full else 5
     where = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}" if cuda else "CPU"
-    found = [f"{name} {it.__version__}" for name in ("torch", "transformers", "accelerate", "torch_geometric")
-             if (it := peer(name))]
+    found = [f"{name} {it.__version__}" for name in ("torch", "transformers", "accelerate") if (it := peer(name))]
     print(f"{where}, torch threads: {flags.threads}, {', '.join(found)}; medians of {pairs} pairs (range)\n\n"
           "| row | ours | peer | unit | ratio | goal | peak of tensors, ours / peer | what was compared |\n"
           "|---|---|---|---|---|---|---|---|", flush=True)
