@@ -53,7 +53,7 @@ from data.text.cache import cached_teacher
 from data.text.hf import SIZES, read_weights, rope_frequencies, shape_of, write_folder
 from data.text.tables import TAUGHT, find_folder, get_rows, packed, read_folder, share, shortest
 from data.text.tokens import load_tokenizer as read_tokenizer
-from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, newest, parse_flags,
+from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags,
                   read_config, read_file, restore, resume_config, save_checkpoint, steps_in, write_file)
 
 # B rows, T positions, N supervised positions of a batch, C of a chunk, V vocabulary, D width, H heads
@@ -474,7 +474,8 @@ def evaluate(model, data, config, split="val", max_rows=0):
             taught = ask_teacher(batch, config)
             for i, T in enumerate((1.0, config.temperature)):
                 mix = Mix(model.vocab, 1.0, 0.0, T, config.divergence if i else "forward", config.beta)
-                values = ChunkedLoss.apply(h, model.head_weight, batch["targets"], batch["asked"], taught, mix)[1]
+                if i == 0 or (T, config.divergence) != (1.0, "forward"):        # else it is the same
+                    values = ChunkedLoss.apply(h, model.head_weight, batch["targets"], batch["asked"], taught, mix)[1]
                 total[i] += values.cpu()
     model.train(was_training)
     if world_size() > 1:
@@ -552,8 +553,6 @@ def run_training(config, device):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"config": asked}, indent=1))
     for one in (*chain, config):
-        if one.resume and (saved := newest(Path(one.out_dir) / one.run_name)):      # only to refuse what does not fit
-            resume_config(one, {*FIXED} - {"teacher"}, saved[2]["config"], FIXED)
         listen()                                    # again: the phase before is over
         done = run_phase(one, device, name)
         if done["stopped"] and ("table" not in done or one is not config):
@@ -586,7 +585,8 @@ def run_phase(config, device, name):
     start, best, saved = 0, math.inf, None
     if config.resume:
         saved = load_newest(folder, device)
-        if saved:
+        if saved:                                   # of a phase that settle() has not seen: refuse what does not fit
+            resume_config(config, {*FIXED} - {"teacher"}, saved[1]["config"], FIXED)
             if [saved[1]["about"][key] for key in ("vocab", "rows")] != [data.vocab, data.key]:
                 fail(f"--data_dir, --max_length {config.max_length}: rows or vocabulary are not the checkpoint's")
             restore(raw_model, optimizer, *saved)

@@ -16,3 +16,18 @@ def pair():
     processes = Pair()
     yield processes
     processes.close()
+
+
+@pytest.fixture
+def refuse(request, tmp_path, capsys):
+    """refuse(*arguments) to prepare.py of the test's module -> the one line on stderr; checks the exit code and that
+    nothing was written."""
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            request.module.prepare.main([*map(str, arguments), "--out_dir", str(tmp_path / "out")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        assert list(tmp_path.glob("out/*")) == []
+        return error
+    return call

@@ -79,20 +79,6 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def refuse(tmp_path, capsys):
-    """refuse(*arguments) -> the one line on stderr; checks the exit code and that nothing was written."""
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            prepare.main([*map(str, arguments), "--out_dir", str(tmp_path / "out")])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert list(tmp_path.glob("out/*")) == []
-        return error
-    return call
-
-
 # -------------------------------------------------------------------------------------------------------- reading peaks
 @pytest.mark.parametrize("text, expected", [
     ("41 15", [(41, 15)]), ("41\t15", [(41, 15)]), ("41,15", [(41, 15)]), ("  41 , 15 ", [(41, 15)]),

@@ -50,19 +50,6 @@ def build(tmp_path, lines, *flags, name="set"):
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-@pytest.fixture
-def refuse(tmp_path, capsys):
-    """refuse(*arguments) -> the one line on stderr; checks the exit code and that nothing was written."""
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            prepare.main([*map(str, arguments), "--out_dir", str(tmp_path / "out")])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert list(tmp_path.glob("out/*")) == []
-        return error
-    return call
-
 # --------------------------------------------------------------------------------------------- tokenizers made to order
 def save(folder, inner, eos=None, **files):
     """A tokenizer of the library and its files -> folder; files: what further .json hold."""
