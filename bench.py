@@ -4,10 +4,10 @@ Side by side: each script against what a user would run instead, interleaved in 
 python bench.py                                       # all rows, a few minutes on a CPU -> a table in Markdown
 python bench.py guard "logbert train"                 # the rows whose names hold one of these words
 python bench.py --full                                # 15 pairs of runs instead of 5
-python bench.py --molecules DIR --spectra DIR --text DIR      # prepared sets instead of the demo sets
+python bench.py --molecules DIR --spectra DIR --text DIR --scenes DIR     # prepared sets instead of the demo sets
 python bench.py --gpu                                 # the same rows on cuda
 python bench.py --gpu --dry_run                       # does it all run? tiny, in seconds, without a GPU too
-pip install transformers accelerate drain3            # the peers; a row without its own says so, no ratio
+pip install diffusers transformers accelerate         # the peers; a row without its own says so, no ratio
 
 A row times a piece of our work, then one of the peer's, ours again ..., after one untimed piece of each. A ratio is
 made of neighbours only, so that what else the machine does falls on both; its median stands before its range over the
@@ -32,9 +32,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# or torch's profiler, transformers and two_workers talk into the table
+# or torch's profiler, the peers and two_workers talk into the table
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error",
-               "PYTHONWARNINGS": "ignore"}
+               "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -42,13 +42,15 @@ import torch.nn.functional as F  # noqa: E402
 from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
+import train_adapter as adapter  # noqa: E402
 import train_distill as distill  # noqa: E402
 import train_edl as edl  # noqa: E402
 import train_logbert as logbert  # noqa: E402
 import train_student as student  # noqa: E402
 from common import (RING, Guard, autocast, every, fail, finish, launch, pick_dtype, rank, seed_step,  # noqa: E402
                     unwrap, wrap_ddp)
-from data.logs.prepare import LogReader  # noqa: E402
+from data.scenes.diffusers_folder import GATED, text_shape, unet_shape, vae_shape  # noqa: E402
+from data.scenes.encoders import VAE, CLIPText  # noqa: E402
 from data.spectra import features  # noqa: E402
 from data.spectra.tables import Molecules  # noqa: E402
 from data.text.cache import cached_teacher  # noqa: E402
@@ -129,6 +131,7 @@ def new_model(script, config, data, device):
     torch.manual_seed(config.seed)
     return (script.MolGPT(config, data.vocab, data.block) if script is edl else
             script.LogBERT(config, data.about) if script is logbert else
+            new_adapter(config, data) if script is adapter else
             script.build_model(config, data.vocab if script is distill else data.molecules.bins)).to(device)
 
 FIRST = 5                                           # the step a side begins with: those before, train_distill prints
@@ -188,7 +191,7 @@ def plain_steps(device, config, model, rows, steps, loss_of, collate=None):
     if len(rows) < config.batch_size:
         fail(f"{config.data_dir or 'demo'}: {len(rows)} training rows do not fill a batch of {config.batch_size}")
     model, dtype, good = model.train(), pick_dtype(config.dtype, device)[0], torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     follow = getattr(model, "follow", lambda bad: None)
     loader = DataLoader(rows, config.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     batches = (batch for _ in itertools.count() for batch in loader)        # epoch after epoch
@@ -199,10 +202,10 @@ def plain_steps(device, config, model, rows, steps, loss_of, collate=None):
             batch = [column.to(device) for column in batch]
             with autocast(device, dtype):
                 loss = loss_of(model, *batch)
-            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
+            optimizer.zero_grad()
             follow(good)
             total += loss.item()
         return steps * config.batch_size
@@ -300,7 +303,7 @@ def two_workers(device, config, steps):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         about = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-    command = [sys.executable, __file__, "--worker", json.dumps(["steps", device.type, vars(config), steps])]
+    command = [sys.executable, __file__, "--worker", json.dumps([device.type, vars(config), steps])]
     workers = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
                                 | about | dict(OMP_NUM_THREADS="1", RANK=str(i), LOCAL_RANK=str(i))) for i in range(2)]
 
@@ -383,10 +386,6 @@ def logbert_score(device, pairs, config, view, sample=100):
         sessions = [data.session(row) for row in rows[first]]
         return len(logbert.score_sessions(model, sessions, config)[view][which])
 
-    def each():
-        answers = logbert.surprise(model, [data.session(row) for row in rows[:len(rows) // 4]], view == "bag")
-        return len([answer[:, 0].max() for answer in answers])
-
     @torch.no_grad()
     def plain():
         asked = [masked(keys, {place}) for keys in drawn for place in range(len(keys))]
@@ -399,37 +398,10 @@ def logbert_score(device, pairs, config, view, sample=100):
         np.maximum.at(scores, owner, nll)
         return len(scores)
     sides = [distinct, plain if transformers else None]
-    *rates, alone = measure(device, pairs, [*sides, each])
-    without = f"{np.median(alone):,.0f}" + (f", {np.median(alone / rates[1]):.1f}x" if transformers else "")
-    return Row("sessions/s", ">= 10x", "transformers", np.array(rates), peak_memory(device, sides),
-               f"the {len(rows):,} test sessions, equal {'multisets' if view == 'bag' else 'sequences'} once (each for "
-               f"itself: {without}); transformers BertForMaskedLM, {len(drawn)} of them drawn with a seed, keys masked "
+    return Row("sessions/s", ">= 10x", "transformers", measure(device, pairs, sides), peak_memory(device, sides),
+               f"the {len(rows):,} test sessions, equal {'multisets' if view == 'bag' else 'sequences'} once; "
+               f"transformers BertForMaskedLM, {len(drawn)} of them drawn with a seed, keys masked "
                "in turn, DataLoader, 64 rows at once")
-
-def logs_prepare(device, pairs, config, lines=200_000, sample=20_000):
-    drain3, meta = peer("drain3"), logbert.load_data(config).meta
-    log = Path(logbert.__file__).parent / "data/logs" / meta["name"] / "new.log"
-    new = log.read_text().splitlines(keepends=True)
-    copies = (text.replace("blk_", f"blk_{i}") for i in itertools.count(1) for text in new)     # each time new sessions
-    with tempfile.TemporaryDirectory() as folder:
-        path, texts = Path(folder) / "raw.log", list(itertools.islice(copies, lines))
-        path.write_text("".join(texts))
-
-        def read():
-            keys = sum(len(session.keys) for session in LogReader(meta["parser"], meta["templates"]).sessions(path))
-            assert keys == lines, f"{keys:,} keys of {lines:,} lines"
-            return keys
-
-        def mine():
-            from drain3.template_miner_config import TemplateMinerConfig
-            miner, header = drain3.TemplateMiner(config=TemplateMinerConfig()), re.compile(meta["parser"]["header"])
-            for text in texts[:sample]:
-                miner.add_log_message(header.match(text)["content"])
-            return min(sample, lines)
-        rates = measure(device, pairs, [read, mine if drain3 else None])
-    return Row("lines/s", ">= 50,000 lines/s", "drain3", rates, [],
-               f"{lines:,} raw lines of known templates to sessions of keys and gaps; drain3 TemplateMiner on the "
-               f"contents of {sample:,} lines in memory, no sessions")
 
 # ---------------------------------------------------------------------------------------------------- train_student
 MORGAN = [GetMorganGenerator(radius=2, fpSize=size) for size in (features.ECFP_BITS, features.COUNT_BITS)]
@@ -496,6 +468,104 @@ def student_predict(device, pairs, config, n=256, turns=2):
     return Row("molecules/s", "<= 1 ms per molecule", "", rates, memory,
                f"SMILES to spectra, {n} at once, one thread, {1000 / np.median(rates[0]):.2f} ms each; RDKit's "
                "fingerprints as dense rows, the same fragments, the same model with nn.Linear")
+
+# ---------------------------------------------------------------------------------------------------- train_adapter
+# widths, text and heads of the UNet; VAE; layers and ids of the text encoder; pixels; rows. cuda: Stable Diffusion 1.5
+SCENES = {"dry": ((32, 32), 32, 2, (32, 32), 1, 99, 16, 2),
+          "cpu": ((64, 128, 128), 128, 2, (32, 64, 128, 128), 4, 9999, 256, 2),
+          "cuda": ((320, 640, 1280, 1280), 768, 8, (128, 256, 512, 512), 12, 49408, 512, 8)}
+
+def random_scenes(config, device, n=64):
+    """-> the rows' Config, and Data of random latents and embeddings as prepare.py caches them, 1 to 8 boxes a row."""
+    _, D, _, widths, *_, pixels, batch_size = SCENES["dry" if config.dry_run else device.type]
+    draw, side = np.random.default_rng(0), pixels // 2 ** (len(widths) - 1)
+    shapes = {"latents": (n, 4, side, side), "contexts": (n + 1, 77, D), "phrases": (80, D)}
+    table = {name: draw.standard_normal(shape, np.float32).astype(np.float16) for name, shape in shapes.items()}
+    (corner, size), there = draw.random((2, n, 8, 2), np.float32) / 2, np.arange(8) < draw.integers(1, 9, (n, 1))
+    table |= {"boxes": np.concatenate([corner, corner + size], -1) * there[..., None], "caption": np.arange(1, n + 1),
+              "phrase": np.where(there, draw.integers(80, size=(n, 8)), -1)}
+    data = adapter.Data(Path(), {"kind": "latents", "slots": 8}, table, {"train": np.arange(n)}, device, "")
+    return dataclasses.replace(config, box_mask=False, rms_norm=False, batch_size=batch_size), data
+
+def new_adapter(config, data):
+    """Gated layers on a frozen model of random weights for these rows: the toy's, or one as of Stable Diffusion 1."""
+    widths, D, heads, *_ = SCENES["dry" if config.dry_run else data.device.type]
+    there = ["CrossAttn"] * (len(widths) - 1) + [""]        # attention, but at the coarsest level
+    raw = {"block_out_channels": widths, "cross_attention_dim": D, "attention_head_dim": heads,
+           "attention_type": "gated", "down_block_types": [f"{has}DownBlock2D" for has in there],
+           "up_block_types": [f"{has}UpBlock2D" for has in there[::-1]]}
+    if data.toy:
+        base = adapter.ToyBase(config.width, config.depth, config.patch, True)
+        base.proj_out.reset_parameters()            # it starts at 0, and with it all gradients
+    else:
+        base = adapter.UNet(unet_shape(raw), raw)
+        base.schedule = dataclasses.replace(adapter.TOY_SCHEDULE, prediction_type="epsilon")
+    base.box_mask, base.rms_norm = config.box_mask, config.rms_norm
+    adapter.reset_adapter(base)
+    for fuser in (model := adapter.Adapter(base)).fusers:   # open, so that a difference shows
+        fuser.alpha_attn.data.fill_(0.5), fuser.alpha_dense.data.fill_(-0.5)
+    return model
+
+def gligen(unet, noisy, times, context, boxes, phrases, masks):
+    """The prediction of diffusers' UNet with gated layers, called like ours."""
+    layout = {"boxes": boxes, "positive_embeddings": phrases, "masks": masks}
+    return unet(noisy, times, context, cross_attention_kwargs={"gligen": layout}).sample
+
+def check_same(base, other, latents, *given):
+    """AssertionError unless both predict the same, with the same gradients of the gates."""
+    times = torch.arange(len(latents), device=latents.device) * 300 + 50
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        outs = base(latents, times, *given), gligen(other, latents, times, *given)
+        grads = [torch.stack(torch.autograd.grad(out.square().mean(), [p for name, p in sorted(
+            unet.named_parameters()) if "alpha_" in name])) for unet, out in zip((base, other), outs)]
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-4), torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+
+def adapter_step(device, pairs, config, steps=1, turns=2, compiled=False):
+    diffusers, (config, data) = peer("diffusers"), random_scenes(config, device)
+    model, rows = new_model(adapter, config, data, device), adapter.get_rows(data, data.rows["train"])
+    columns = [*(rows[name] for name in ("clean", "context", "boxes", "phrases")), rows["masks"][..., 0]]
+    sides, unets = [our_steps(adapter, device, config, steps, model=model, data=data)], [model.base]
+    if diffusers:
+        unets.append(other := diffusers.UNet2DConditionModel(**model.base.raw).to(device))
+        other.load_state_dict(model.base.state_dict())
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_(bool(GATED.search(name)))
+        check_same(*unets, *(column[:2] for column in columns))
+        ddpm = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+        def loss_of(unet, latents, *given):
+            noise, times = torch.randn_like(latents), torch.randint(1000, latents.shape[:1], device=device)
+            return F.mse_loss(gligen(unet, ddpm.add_noise(latents, noise, times), times, *given).float(), noise)
+        sides.append(plain_steps(device, config, other, TensorDataset(*(x.cpu() for x in columns)), steps, loss_of))
+    for unet in unets if compiled else []:          # its C++ for a CPU takes minutes, so a dry run only traces
+        unet.compile(backend="inductor" if device.type == "cuda" else "eager")
+    trained, frozen = (sum(p.numel() for p in model.base.parameters() if p.requires_grad == is_it) for is_it in (1, 0))
+    return Row("images/s", ">= 1.2x" if compiled else ">= 1.0x, memory <= .8x", "diffusers",
+               measure(device, pairs, sides, turns), peak_memory(device, sides),
+               f"optimizer steps of {config.batch_size} cached latents {data.table['latents'].shape[1:]}, {trained:,} "
+               f"trained and {frozen:,} frozen parameters{', both compiled' * compiled}, guard; diffusers UNet with "
+               "gated layers of the same weights, DataLoader, AdamW, clip_grad_norm_, loss.item()")
+
+def adapter_cached(device, pairs, config, steps=1, turns=2):
+    _, D, _, widths, layers, vocab, pixels, n = SCENES["dry" if config.dry_run else device.type]
+    config, data = random_scenes(config, device)
+    cached, of_all = our_steps(adapter, device, config, steps, data=data), ["DownEncoderBlock2D"] * len(widths)
+    vae, text = (part.eval().requires_grad_(False).to(device, pick_dtype(config.dtype, device)[0]) for part in (
+        VAE(vae_shape({"block_out_channels": widths, "layers_per_block": 2, "down_block_types": of_all,
+                       "up_block_types": ["UpDecoderBlock2D"] * len(widths)})),
+        CLIPText(text_shape({"vocab_size": vocab, "hidden_size": D, "num_hidden_layers": layers}))))
+    pictures = torch.randn(n, 3, pixels, pixels, device=device, dtype=vae.quant_conv.weight.dtype)
+    captions, phrases = (torch.randint(vocab, shape, device=device) for shape in ((n, 77), (4 * n, 8)))
+
+    def encoding():
+        for _ in range(steps):
+            with torch.no_grad():
+                vae.encode(pictures), text(captions), text(phrases)
+        return cached()
+    sides = [cached, encoding]
+    return Row("images/s", ">= 1.5x", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
+               f"the first row's steps; the same, and pictures of {pixels} through a VAE of widths {widths}, captions "
+               f"of 77 tokens and 4 phrases of 8 a row through a CLIP of {layers} layers {D} wide each time")
 
 # ---------------------------------------------------------------------------------------------------- train_distill
 GPT2S = {"dry": ((16, 1, 2), (32, 2, 2)), "cpu": ((256, 4, 4), (384, 6, 6)),     # width, layers, heads of the student
@@ -587,32 +657,25 @@ def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached
     length, there = 0 if longest else config.max_length, peer("accelerate") and peer("transformers")
     data = distill_rows(device, config, full, 96 * cached)
     with distill_models(device, config, data.vocab) as config:
-        data.folder, online = Path(config.student).parent, our_steps(distill, device, config, steps, data=data)
-        sides, extra, what = [online], [], ""
+        data.folder = Path(config.student).parent
         if cached:
-            about = dataclasses.replace(config, cache_teacher=64)
-            made = dataclasses.replace(data, cache=cached_teacher(distill, about, data))
-            sides, extra, what = [our_steps(distill, device, about, steps, data=made)], [online], "ours asking it"
-        elif longest:
-            every_one = dataclasses.replace(data, first=0 * data.first)
-            extra, what = [our_steps(distill, device, config, steps, data=every_one)], "ours with --train_on_prompt"
+            config = dataclasses.replace(config, cache_teacher=64)
+            data = dataclasses.replace(data, cache=cached_teacher(distill, config, data))
+        sides = [our_steps(distill, device, config, steps, data=data)]
         if there:
             sides.append(trainer_steps(device, config, data, steps, length))
-        rates = measure(device, pairs, [*sides, *extra], turns) * data.length[data.rows["train"]].mean()
+        rates = measure(device, pairs, sides, turns) * data.length[data.rows["train"]].mean()
         memory, more = peak_memory(device, sides), ""
         if device.type == "cuda" or config.dry_run:
             sizes = [sum(p.numel() for p in distill.load_hf(it, device).parameters())
                      for it in (config.student, config.teacher)]
             more = (f"; {mfu((6 * sizes[0] + 2 * sizes[1]) * np.median(rates[0]), device)} (6 x {sizes[0]:,} + 2 x "
                     f"{sizes[1]:,} parameters x tokens/s)")
-    if extra:
-        *rates, other = rates
-        more += f"; {what}: {np.median(other):,.0f} tokens/s"
     share = data.asked[data.rows["train"]].sum() / data.length[data.rows["train"]].sum()
     rows = f"optimizer steps of {config.batch_size} rows" + (
         f" of {config.max_length} random tokens" if full else f", {share:.0%} of their tokens supervised")
     return Row("tokens/s, without pads", ">= 2x" if cached else ">= 1x" if longest else ">= 1.5x",
-               "transformers accelerate", np.array(rates), memory,
+               "transformers accelerate", rates, memory,
                f"{rows}, GPT-2s of {data.vocab:,} ids, teacher {'cached, 64 a token' if cached else 'asked each time'},"
                f" guard; transformers Trainer, {steps} step{'s' * (steps > 1)} a piece, KL of all positions, the same "
                f"weights and batches, padded to {length or 'their longest'}{more}")
@@ -648,26 +711,6 @@ def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
                f"{memory[0] / 2 ** 20:,.0f} MiB; logits (B, T, V) of both models, the same formula as the Trainer's: "
                f"{memory[1] / 2 ** 20:,.0f} MiB; both above weights and inputs and without the gradients of these")
 
-def tell_memory(kind, config, steps, ours):
-    """A process of distill_memory: takes the steps and prints its peak in MB."""
-    device, config = launch(kind), distill.Config(**config)
-    data = distill_rows(device, config)
-    (our_steps(distill, device, config, steps, data=data) if ours else
-     trainer_steps(device, config, data, steps, config.max_length))()
-    # not getrusage's ru_maxrss: that begins with the peak of the process that started this one
-    print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6)
-
-def distill_memory(device, pairs, config, steps=3):
-    vocab, there = distill_rows(device, config).vocab, peer("accelerate") and peer("transformers")
-    with distill_models(device, config, vocab) as config:
-        told = [subprocess.run(
-            [sys.executable, __file__, "--worker", json.dumps(["memory", device.type, vars(config), steps, ours])],
-            text=True, check=True, stdout=subprocess.PIPE, env=os.environ | dict(
-                OMP_NUM_THREADS=str(torch.get_num_threads()))).stdout for ours in (True, False)[:2 if there else 1]]
-    return Row("MB", "<= 0.7x", "transformers accelerate", np.array([[float(text.split()[-1])] for text in told]), [],
-               f"peak resident memory of a process that takes {steps} of the first row's steps, with Python and its "
-               f"libraries; the peer's, padded to {config.max_length}; one of each")
-
 def distill_guard(device, pairs, config, steps=2, turns=3):
     data = distill_rows(device, config)
     with distill_models(device, config, data.vocab) as config:
@@ -695,12 +738,16 @@ ROWS = {                                            # a function, what it is tol
     "train_distill train, teacher cached": (distill_train, dict(longest=True, cached=True), TINY),
     "train_distill loss memory, V 50257": (distill_loss, dict(vocab=50257, B=2), dict(vocab=499, T=20)),
     "train_distill loss memory, V 151936": (distill_loss, dict(vocab=151936, B=1), dict(vocab=499, T=20)),
-    "train_distill peak RSS": (distill_memory, {}, dict(steps=1)),
     "train_distill guard on / off": (distill_guard, {}, TINY),
-    "data/logs prepare": (logs_prepare, {}, dict(lines=300, sample=50)),
+    "train_adapter step": (adapter_step, {}, TINY),
+    "train_adapter step, both compiled": (adapter_step, dict(compiled=True), TINY),      # with --gpu
+    "train_adapter step, latents and texts cached": (adapter_cached, {}, TINY),
+    "train_adapter guard on / off": (guard_cost, dict(script=adapter, unit="images/s", turns=5), TINY),
 }
-SCRIPTS = {"train_edl": (edl, "molecules"), "train_student": (student, "spectra"), "train_distill": (distill, "text")}
-CHANGED = {student: {"phase": "student"}, distill: {"phase": "student", "batch_size": 4}}
+SCRIPTS = {"train_edl": (edl, "molecules"), "train_student": (student, "spectra"), "train_distill": (distill, "text"),
+           "train_adapter": (adapter, "scenes")}
+CHANGED = {student: {"phase": "student"}, distill: {"phase": "student", "batch_size": 4},
+           adapter: adapter.DEMO | {"phase": "adapter"}}
 
 def settings(script, device, dry_run, data_dir=""):
     """The script's own Config on this device; without a teacher, or as for a user's own models."""
@@ -718,12 +765,12 @@ def main(argv=None):
     for name, (_, flag) in SCRIPTS.items():
         parser.add_argument(f"--{flag}", default="", help=f"prepared set of {name}'s rows; empty: the demo set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers, distill_memory
+    parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers
     flags = parser.parse_args(argv)
     if flags.worker:
-        name, *about = json.loads(flags.worker)
-        return {"steps": work, "memory": tell_memory}[name](*about)
-    chosen = [name for name in ROWS if not flags.names or any(word in name for word in flags.names)]
+        return work(*json.loads(flags.worker))
+    chosen = [name for name in ROWS if (flags.gpu or "compiled" not in name)
+              and (not flags.names or any(word in name for word in flags.names))]
     if not chosen or flags.threads < 1:
         fail(f"--threads must be above 0, and each name a part of one of these: {', '.join(ROWS)}")
     cuda = flags.gpu and torch.cuda.is_available()
@@ -734,7 +781,8 @@ def main(argv=None):
     torch.set_num_threads(flags.threads)
     device, pairs = torch.device("cuda" if cuda else "cpu"), 1 if flags.dry_run else 15 if flags.full else 5
     where = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}" if cuda else "CPU"
-    found = [f"{name} {it.__version__}" for name in ("torch", "transformers", "accelerate") if (it := peer(name))]
+    names = "torch", "diffusers", "transformers", "accelerate"
+    found = [f"{name} {it.__version__}" for name in names if (it := peer(name))]
     print(f"{where}, torch threads: {flags.threads}, {', '.join(found)}; medians of {pairs} pairs (range)\n\n"
           "| row | ours | peer | unit | ratio | goal | peak of tensors, ours / peer | what was compared |\n"
           "|---|---|---|---|---|---|---|---|", flush=True)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import bench
-from bench import distill, edl, logbert, student
+from bench import adapter, distill, edl, logbert, student
 
 CPU, TINY = torch.device("cpu"), dict(dry_run=True, batch_size=8, n_layer=1, n_head=2, n_embd=16)       # the small demo
 SMALL = {edl: edl.Config(**TINY, dropout=0.0), logbert: logbert.Config(**TINY),
          student: student.Config(**student.DRY | dict(dry_run=True, batch_size=8, phase="student")),
-         distill: distill.Config(**distill.DRY | dict(dry_run=True, batch_size=3, phase="student", learning_rate=3e-3))}
+         distill: distill.Config(**distill.DRY | dict(dry_run=True, batch_size=3, phase="student", learning_rate=3e-3)),
+         adapter: adapter.Config(**adapter.DEMO | adapter.DRY | dict(dry_run=True, phase="adapter"))}
 SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
 
 
@@ -60,8 +61,9 @@ def test_memory_is_the_peak_of_tensors():
 def rows_with(peer, pairs):
     """The rows that have this peer, tiny."""
     tiny = dict(steps=1, turns=1)
-    if peer == "drain3":
-        return [bench.logs_prepare(CPU, pairs, SMALL[logbert], lines=300, sample=50)]
+    if peer == "diffusers":
+        return [bench.adapter_step(CPU, pairs, SMALL[adapter], **tiny),
+                bench.adapter_step(CPU, pairs, SMALL[adapter], **tiny, compiled=True)]
     return [bench.edl_train(CPU, pairs, SMALL[edl], **tiny),
             bench.edl_train(CPU, pairs, SMALL[edl], **tiny, longest=True),
             bench.edl_sample(CPU, pairs, SMALL[edl], steps=1, n=3),
@@ -70,7 +72,7 @@ def rows_with(peer, pairs):
             bench.logbert_score(CPU, pairs, SMALL[logbert], "ordered", sample=3)]
 
 
-@pytest.mark.parametrize("gone", ["transformers", "drain3"])
+@pytest.mark.parametrize("gone", ["transformers", "diffusers"])
 def test_a_missing_peer_is_said(gone, monkeypatch):
     monkeypatch.setitem(sys.modules, gone, None)
     for row in rows_with(gone, 1):
@@ -78,7 +80,7 @@ def test_a_missing_peer_is_said(gone, monkeypatch):
         assert row.rates.shape == (1, 1) and row.rates[0, 0] > 0
 
 
-@pytest.mark.parametrize("there", ["transformers", "drain3"])
+@pytest.mark.parametrize("there", ["transformers", "diffusers"])
 def test_rows_with_their_peer(there):
     pytest.importorskip(there)
     for row in rows_with(there, 2):
@@ -268,7 +270,7 @@ def text_rows(pairs):
 def test_a_missing_trainer_is_said(gone, monkeypatch):
     monkeypatch.setitem(sys.modules, gone, None)
     before = sorted(os.listdir(distill.load_data(SMALL[distill]).folder))
-    for row in [*text_rows(1), bench.distill_memory(CPU, 1, SMALL[distill], steps=1)]:
+    for row in text_rows(1):
         assert f"| - | {row.unit} | not installed: pip install transformers accelerate |" in bench.line("name", row)
         assert row.rates.shape == (1, 1) and row.rates[0, 0] > 0
     assert sorted(os.listdir(distill.load_data(SMALL[distill]).folder)) == before         # no cache is left there
@@ -279,10 +281,9 @@ def test_rows_with_the_trainer(capsys):
     padded, full, longest, cached = text_rows(2)
     for row in padded, full, longest, cached:
         assert row.rates.shape == (2, 2) and (row.rates > 0).all() and "x (" in bench.ratio(row)
-        assert "of the peer's time is start-up" in row.compared and "; MFU - (6 x 27,504 + 2 x 73,8" in row.compared
+        assert "; MFU - (6 x 27,504 + 2 x 73,8" in row.compared
     assert "padded to 512" in padded.compared and "512 random tokens" in full.compared
-    assert "with --train_on_prompt: " in longest.compared and "x the peer" in longest.compared
-    assert "cached, 64 a token" in cached.compared and "x that" in cached.compared
+    assert "padded to their longest" in longest.compared and "cached, 64 a token" in cached.compared
     out = capsys.readouterr().out
     assert "loss" not in out and "{" not in out     # neither of them talks during what is timed
 
@@ -388,7 +389,7 @@ def test_the_cache_is_used(monkeypatch):
                         or loss(model, batch, *more))
     monkeypatch.setitem(sys.modules, "transformers", None)
     bench.distill_train(CPU, 1, SMALL[distill], steps=1, longest=True, cached=True)
-    assert seen == [True, False, True, False, True]  # untimed, timed, and ours once more for its memory
+    assert seen == [True] * 3                       # untimed, timed, and once more for its memory
 
 
 def test_loss_memory_is_without_weights_and_gradients(monkeypatch):
@@ -402,17 +403,76 @@ def test_loss_memory_is_without_weights_and_gradients(monkeypatch):
     assert "76 positions of 2 x 64" in row.compared.replace("supervised ", "")
 
 
-def test_peak_memory_of_a_process_is_its_own(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    ballast = np.ones(1 << 27)                      # 1 GiB, and processes inherit their parent's ru_maxrss
-    row = bench.distill_memory(CPU, 5, SMALL[distill], steps=1)
-    assert row.rates.shape == (1, 1) and 100 < row.rates[0, 0] < 1000 and len(ballast)
+# ----------------------------------------------------------------------------------------- peers of train_adapter
+def test_random_scenes_are_what_is_prepared():
+    config, data = bench.random_scenes(SMALL[adapter], CPU)
+    model, batch = bench.new_model(adapter, config, data, CPU), adapter.get_rows(data, data.rows["train"])
+    model.about = {"config": {"base": ""}}
+    adapter.check_data(data, model)
+    there, boxes = batch["masks"][..., 0], batch["boxes"]
+    assert (there[:, 0] == 1).all() and (there.diff(dim=1) <= 0).all() and set(there.sum(1).tolist()) == {*range(1, 9)}
+    assert (boxes[there == 0] == 0).all() and 0 <= boxes.min() and boxes.max() <= 1
+    assert (boxes[..., 2:] > boxes[..., :2])[there == 1].all()
+    loss = adapter.compute_loss(model, adapter.get_batch(data, "train", 0, config), 0, config)[0]
+    loss.backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if "null_" not in name) and 0.3 < loss.item() < 3
+    assert not (config.box_mask or config.rms_norm or model.base.conv_in.weight.requires_grad)
 
 
-def test_resident_memory_with_the_trainer():
-    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
-    row = bench.distill_memory(CPU, 5, SMALL[distill], steps=1)
-    assert row.rates.shape == (2, 1) and (row.rates > 100).all() and "x (" in bench.ratio(row)
+@pytest.mark.parametrize("changed", ["", "mid_block.resnets.0.conv2.weight", "mid_block.attentions.0."
+                                     "transformer_blocks.0.fuser.alpha_dense", "position_net.linears.0.weight"])
+def test_gated_layers_of_diffusers_are_ours(changed, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    load = diffusers.UNet2DConditionModel.load_state_dict
+
+    def loaded(unet, tensors):
+        done = load(unet, tensors)
+        if changed:
+            unet.get_parameter(changed).data.mul_(1.5)
+        return done
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "load_state_dict", loaded)
+    if changed:
+        with pytest.raises(AssertionError):
+            bench.adapter_step(CPU, 1, SMALL[adapter], steps=1, turns=1)
+    else:
+        assert "x (" in bench.ratio(bench.adapter_step(CPU, 1, SMALL[adapter], steps=1, turns=1))
+
+
+def test_diffusers_trains_the_gated_layers_alone(monkeypatch):
+    pytest.importorskip("diffusers")
+    seen, plain = [], bench.plain_steps
+
+    def spy(device, config, model, rows, *more):
+        seen.append((model, {name: p.clone() for name, p in model.named_parameters()}, rows, config))
+        return plain(device, config, model, rows, *more)
+    monkeypatch.setattr(bench, "plain_steps", spy)
+    bench.adapter_step(CPU, 1, SMALL[adapter], steps=2, turns=1)
+    (model, before, rows, config), = seen
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if bench.GATED.search(name)}
+    _, data = bench.random_scenes(config, CPU)
+    batch = adapter.get_rows(data, data.rows["train"])
+    for mine, its in zip((batch["clean"], batch["context"], batch["boxes"], batch["phrases"]), rows.tensors):
+        assert torch.equal(mine, its)
+    assert torch.equal(batch["masks"], rows.tensors[4][..., None].expand(-1, -1, 2)) and len(rows.tensors) == 5
+
+
+def test_what_is_cached_is_encoded_beside_it(monkeypatch):
+    seen, encode, forward = [], bench.VAE.encode, bench.CLIPText.forward
+    monkeypatch.setattr(bench.VAE, "encode", lambda vae, x: seen.append(tuple(x.shape)) or encode(vae, x))
+    monkeypatch.setattr(bench.CLIPText, "forward", lambda text, x: seen.append(tuple(x.shape)) or forward(text, x))
+    row = bench.adapter_cached(CPU, 1, SMALL[adapter], steps=2, turns=1)
+    assert row.rates.shape == (2, 1) and "x (" in bench.ratio(row)
+    assert seen == [(2, 3, 16, 16), (2, 77), (8, 8)] * 2 * 3     # steps; untimed, timed, and once more for the memory
+
+
+def test_compiled_rows_are_for_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROWS", {name: (lambda *about: made([1], [1]), {}, {}) for name in bench.ROWS})
+    told = {}
+    for flags in [], ["--gpu", "--dry_run"]:
+        bench.main(["train_adapter step", *flags])
+        told[len(flags)] = capsys.readouterr().out.count("both compiled")
+    assert told == {0: 0, 2: 1}
 
 
 # ------------------------------------------------------------------------------------------------ switches and commands
@@ -478,6 +538,8 @@ def test_the_prepared_set_is_the_one_named(tmp_path):
         bench.main(["train_student guard", "--dry_run", "--spectra", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
         bench.main(["train_distill guard", "--dry_run", "--text", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        bench.main(["train_adapter guard", "--dry_run", "--scenes", str(tmp_path / "none")])
     assert bench.settings(edl, CPU, False, "some/where").data_dir == "some/where"
     assert bench.settings(edl, CPU, False) == edl.Config(**edl.CPU)
     assert bench.settings(edl, torch.device("cuda"), False) == edl.Config()
@@ -488,15 +550,17 @@ def test_the_prepared_set_is_the_one_named(tmp_path):
     assert asked == distill.Config(batch_size=4, max_length=512, data_dir="some/where", phase="student")
     asked = bench.settings(distill, torch.device("cuda"), False)
     assert asked == distill.Config(batch_size=8, max_length=1024, dtype="bfloat16", phase="student")
+    assert bench.settings(adapter, CPU, False) == adapter.Config(**adapter.DEMO, phase="adapter")
 
 
 def test_a_row_gets_its_own_script_and_set(monkeypatch):
     got = {}
     monkeypatch.setattr(bench, "ROWS", {name: (lambda *about, name=name: got.update({name: about[2]}) or made([1], [1]),
                                                {}, {}) for name in bench.ROWS})
-    bench.main(["--molecules", "a", "--spectra", "b", "--text", "c"])
+    bench.main(["--molecules", "a", "--spectra", "b", "--text", "c", "--scenes", "d"])
     for name, config in got.items():
-        scripts = {"train_edl": (edl, "a"), "train_student": (student, "b"), "train_distill": (distill, "c")}
+        scripts = {"train_edl": (edl, "a"), "train_student": (student, "b"), "train_distill": (distill, "c"),
+                   "train_adapter": (adapter, "d")}
         script, folder = scripts.get(name.split()[0], (logbert, ""))
         assert type(config) is script.Config and config.data_dir == folder, name
 

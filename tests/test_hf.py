@@ -4,6 +4,7 @@ refused, what is written; where transformers is installed, random models both wa
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -441,7 +442,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(copy, tmp_path, monkeypatch):
         with pytest.raises(AssertionError):
             write_folder(folder, raw, shape_of(raw), broken)
     with monkeypatch.context() as patch:
-        patch.setattr(hf.os, "fsync", lambda file: (_ for _ in ()).throw(OSError("No space left on device")))
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError("No space left on device")))
         with pytest.raises(OSError):
             write_folder(folder, raw, shape_of(raw), tensors)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+import train_adapter
 import train_distill
 import train_edl
 import train_logbert
 import train_student
 from data.logs import prepare as prepare_logs
 from data.molecules import prepare as prepare_molecules
+from data.scenes import prepare as prepare_scenes
+from data.scenes import report as scene_report
 from data.spectra import prepare as prepare_spectra
 from data.spectra import search
 from data.text import prepare as prepare_text
@@ -21,12 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"out", "venv", ".venv"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not ELSEWHERE & set(path.relative_to(ROOT).parts))
 SCRIPTS = {"train_edl.py": train_edl, "train_student.py": train_student, "train_distill.py": train_distill,
-           "train_logbert.py": train_logbert}
+           "train_adapter.py": train_adapter, "train_logbert.py": train_logbert}
 PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/spectra/prepare.py": prepare_spectra,
-           "data/text/prepare.py": prepare_text, "data/logs/prepare.py": prepare_logs}
+           "data/text/prepare.py": prepare_text, "data/scenes/prepare.py": prepare_scenes,
+           "data/logs/prepare.py": prepare_logs}
 # where the flags of a script's verbs are, if not in the script
-VERBS = {"train_student.py": search, "train_distill.py": report}
-BUDGET = dict.fromkeys(SCRIPTS, 750) | {"common.py": 350, "runs.py": 350, "autopsy.py": 220}
+VERBS = {"train_student.py": search, "train_distill.py": report, "train_adapter.py": scene_report}
+BUDGET = dict.fromkeys(SCRIPTS, 750) | {"train_adapter.py": 1200, "common.py": 350, "runs.py": 350, "autopsy.py": 220}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,19 +2,17 @@
 
 What else would change a model's numbers (another rope, a sliding window, an adapter, quantised weights) is refused by
 its name: a model that is read a little wrong still writes sentences."""
-import functools
 import json
 import math
-import os
 import re
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+
+from data.weights import (UNQUANTISED, Fields, bad_values, check_fit, open_weights, refuse_bad, refuse_to_write,
+                          replace_file, whole)
 
 LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
@@ -35,10 +33,9 @@ KINDS = {name: kind for kind, full in CLASSES.items() for name in (full, re.sub(
                                                                  full.replace("ForCausalLM", "Model"))}
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
+FILES = {".safetensors": "model", ".bin": "pytorch_model"}
 PREFIX = {"gpt2": "transformer.", "llama": "model."}             # which a model saved without its head lacks
-FLOATS = {"F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16}
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")       # stored by old versions, made anew by all
-UNQUANTISED = "quantised weights are not supported; use the model as it was before, in float32, bfloat16 or float16"
 SMALL = LLAMA | {"model_type": "llama", "num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": None,
                  "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}   # the tokenizer's to fill in
 SIZES = {"tiny": SMALL | dict(hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=176),
@@ -70,23 +67,6 @@ class Shape:
     rope: tuple                                     # () or (default|linear|llama3, theta, factor, low, high, original)
 
 # -------------------------------------------------------------------------------------------------------- config.json
-CHECKS = {int: (lambda value: type(value) is int and 0 < value < 2 ** 31, f"a whole number from 1 to {2 ** 31 - 1}"),
-          float: (lambda value: type(value) in (int, float) and 0 < value < 1e30, "a number above 0"),
-          bool: (lambda value: type(value) is bool, "true or false"),
-          str: (lambda value: str(value) in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")}
-
-class Fields(NamedTuple):
-    """A JSON object whose values are taken one by one, checked; `where` names it in what is raised."""
-    raw: dict
-    where: str
-
-    def refuse(self, text):
-        raise ValueError(f"{self.where}: {text}")
-
-    def take(self, key, kind=int):
-        value, (fine, wanted) = self.raw.get(key), CHECKS[kind]
-        return value if fine(value) else self.refuse(f"{key} is {value!r:.60}, not {wanted}")
-
 def model_type(raw, source="config.json"):
     """gpt2, llama, mistral, qwen2 or qwen3; from `architectures` where `model_type` is absent."""
     fields, names = Fields(raw, source), raw.get("architectures") or []
@@ -112,8 +92,8 @@ def shape_of(raw, source="config.json"):
         if take("add_cross_attention", bool) or not take("scale_attn_weights", bool):
             refuse("add_cross_attention true and scale_attn_weights false are not supported")
         return Shape(kind, vocab_size, n_positions, width, layers, heads, heads, width // heads, hidden,
-                     take("layer_norm_epsilon", float), ACTIVATIONS[take("activation_function", str)], tied, True, True,
-                     True, False, take("scale_attn_by_inverse_layer_idx", bool), ())
+                     take("layer_norm_epsilon", float), fields.choose("activation_function", ACTIVATIONS), tied, True,
+                     True, True, False, take("scale_attn_by_inverse_layer_idx", bool), ())
 
     width, layers, heads, n_positions, hidden = map(take, (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "intermediate_size"))
@@ -127,8 +107,8 @@ def shape_of(raw, source="config.json"):
     _refuse_window(fields, kind, layers, n_positions)
     bias = kind in ("llama", "qwen3") and take("attention_bias", bool)
     return Shape("llama", vocab_size, n_positions, width, layers, heads, kv_heads, int(head_dim), hidden,
-                 take("rms_norm_eps", float), ACTIVATIONS[take("hidden_act", str)], tied, bias or kind == "qwen2", bias,
-                 kind == "llama" and take("mlp_bias", bool), kind == "qwen3", False, _rope(fields, n_positions))
+                 take("rms_norm_eps", float), fields.choose("hidden_act", ACTIVATIONS), tied, bias or kind == "qwen2",
+                 bias, kind == "llama" and take("mlp_bias", bool), kind == "qwen3", False, _rope(fields, n_positions))
 
 def _refuse_window(fields, kind, layers, n_positions):
     """Attention within a window is not built here; one as long as the longest sequence changes nothing."""
@@ -175,18 +155,6 @@ def rope_frequencies(shape):
     return (frequency * (kept + (1 - kept) / factor)).float()
 
 # --------------------------------------------------------------------------------------------------------------- files
-def _whole(path, read=lambda path: dict(json.loads(path.read_bytes()).items())):
-    """read(path), by default the object in a JSON file, or ValueError that names the file."""
-    try:
-        return read(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:                      # each layer of the readers raises its own types
-        with open(path, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                error = "a Git-LFS pointer, not the file: run `git lfs pull` where it was cloned"
-        raise ValueError(f"{path} is cut off, damaged or of another kind: {error!r:.120}") from None
-
 def read_config(folder):
     """-> the dict of folder/config.json. ValueError: none there, damaged, a LoRA adapter, quantised weights."""
     folder = Path(folder)
@@ -195,35 +163,10 @@ def read_config(folder):
                          "merge it into the base with merge_and_unload() and save that; or remove adapter_config.json")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is no model in Hugging Face layout")
-    raw = _whole(folder / "config.json")
+    raw = whole(folder / "config.json")
     if raw.get("quantization_config"):
         raise ValueError(f"{folder / 'config.json'} has a quantization_config: {UNQUANTISED}")
     return raw
-
-def _open_safetensors(path):
-    file = safe_open(path, "pt")
-    return {name: (tuple(view.get_shape()), view.get_dtype(), functools.partial(file.get_tensor, name))
-            for name in file.keys() for view in [file.get_slice(name)]}
-
-def _open_bin(path):                                # that of torch before 1.6 is no zip and cannot be mapped
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return {name: (tuple(t.shape), t.dtype, functools.partial(tensors.get, name)) for name, t in tensors.items()}
-
-def _open_weights(folder):
-    """-> dict of stored name -> (shape, dtype, function that reads the tensor), of one file or of all in an index."""
-    openers = {"model.safetensors": _open_safetensors, "pytorch_model.bin": _open_bin}
-    for name, opener in openers.items():
-        index, stored = folder / f"{name}.index.json", {}
-        if (folder / name).is_file():
-            return _whole(folder / name, opener)
-        if index.is_file():
-            names = _whole(index, lambda path: {*json.loads(path.read_bytes())["weight_map"].values()})
-            for file in sorted(map(str, names)):
-                if not re.fullmatch(r"\w[\w.+=-]*", file) or not (folder / file).is_file():
-                    raise ValueError(f"{index} names {file!r:.60}, which is no file beside it: get what is missing")
-                stored |= _whole(folder / file, opener)
-            return stored
-    raise ValueError(f"{folder} has no weights: neither {' nor '.join(openers)}, alone or with .index.json")
 
 # ------------------------------------------------------------------------------------------------------------- weights
 def layout(shape):
@@ -259,26 +202,15 @@ def layout(shape):
         add("head", "", "lm_head", [shape.vocab_size], (D,))
     return places
 
-def _list(items, most=8):
-    return ", ".join(items[:most]) + f" and {len(items) - most:,} more" * (len(items) > most)
-
 def _fit(folder, shape, places):
-    """What _open_weights gives, by the full names; ValueError unless the tensors are those of `places`."""
+    """What open_weights gives, by the full names; ValueError unless the tensors are those of `places`."""
     full, prefix = {}, PREFIX[shape.kind]
-    for name, tensor in _open_weights(folder).items():
+    for name, tensor in open_weights(folder, FILES).items():
         if not BUFFERS.search(f".{name}"):
             full[name if name.startswith((prefix, "lm_head.")) else prefix + name] = tensor
     wanted = {name: (*columns, rows) if transposed else (rows, *columns)
               for parts, columns, transposed in places.values() for name, rows in parts}
-    known = wanted.keys() | {"lm_head.weight"}      # in a tied model it is looked at later
-    if whole := [f"{name} ({full[name][1]})" for name in full if name in known and full[name][1] not in FLOATS]:
-        raise ValueError(f"{folder}: {_list(whole)}: {UNQUANTISED}")
-    kinds = {"missing": [f"{name} {list(size)}" for name, size in wanted.items() if name not in full],
-             "unexpected": [f"{name} {list(full[name][0])}" for name in full if name not in known],
-             "of another shape": [f"{name} {list(full[name][0])} instead of {list(size)}"
-                                  for name, size in wanted.items() if name in full and full[name][0] != size]}
-    if texts := [f"{len(names)} {kind}: {_list(names)}" for kind, names in kinds.items() if names]:
-        raise ValueError(f"{folder}: the weights are not those of its config.json; {'; '.join(texts)}")
+    check_fit(folder, full, wanted, {"lm_head.weight"})      # in a tied model that is looked at later
     return full
 
 def read_weights(folder, shape, dtype=torch.float32):
@@ -292,10 +224,8 @@ def read_weights(folder, shape, dtype=torch.float32):
         for (name, _), into in zip(parts, tensors[ours].split([rows for _, rows in parts])):
             found = stored[name][2]()
             into.copy_(found.T if transposed else found)
-            if not into.isfinite().all():           # as stored, or in the smaller range of `dtype`
-                bad.append(f"{name} ({int((~into.isfinite()).sum()):,} of {into.numel():,} values)")
-    if bad:
-        raise ValueError(f"{folder}: not finite in {str(dtype)[6:]}: {_list(bad)}; get the model again")
+            bad += bad_values(name, into)           # as stored, or in the smaller range of `dtype`
+    refuse_bad(folder, dtype, bad)
     head, token = (stored.get(name) for name in ("lm_head.weight", places["token.weight"][0][0][0]))
     if shape.tied and head and not torch.equal(head[2](), token[2]()):
         raise ValueError(f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true; set "
@@ -310,21 +240,12 @@ def write_folder(folder, raw, shape, tensors):
     folder, kind, vocab_size, files = Path(folder), model_type(raw), len(tensors["token.weight"]), {}
     places = layout(replace(shape, vocab_size=vocab_size))
     assert places.keys() == tensors.keys(), places.keys() ^ tensors.keys()
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{folder} is not written, as these weights are not finite: {_list(bad)}")
+    refuse_to_write(folder, tensors)
     for ours, (parts, _, transposed) in places.items():
         split = tensors[ours].detach().cpu().float().split([rows for _, rows in parts])
         files |= {name: (part.T if transposed else part).contiguous() for (name, _), part in zip(parts, split)}
     config = {key: value for key, value in raw.items() if key not in ("auto_map", "dtype")} | {
         "model_type": kind, "architectures": [CLASSES[kind]], "vocab_size": vocab_size, "torch_dtype": "float32"}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (("model.safetensors", lambda path: save_file(files, path, {"format": "pt"})),
-                        ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))):
-        temporary = folder / f".{name}.tmp.{os.getpid()}"
-        try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    replace_file(folder / "model.safetensors", lambda path: save_file(files, path, {"format": "pt"}))
+    replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
