@@ -54,13 +54,9 @@ from data.scenes.encoders import VAE, CLIPText  # noqa: E402
 from data.spectra import features  # noqa: E402
 from data.spectra.tables import Molecules  # noqa: E402
 from data.text.cache import cached_teacher  # noqa: E402
-from data.text.tables import Data  # noqa: E402
-
-IGNORE = -100                                       # transformers' label of what is not asked
-
-# A side is a function that does a piece of work and answers how much, in the unit of its row
 
 # ------------------------------------------------------------------------------------------------------- measuring
+# A side is a function that does a piece of work and answers how much, in the unit of its row
 class Row(NamedTuple):
     unit: str  # of the rates, as sessions/s
     goal: str  # of the ratio, or of our rate
@@ -134,6 +130,15 @@ def new_model(script, config, data, device):
             new_adapter(config, data) if script is adapter else
             script.build_model(config, data.vocab if script is distill else data.molecules.bins)).to(device)
 
+def plain_step(model, optimizer, loss, config):
+    """What follows on a loss where nothing is looked at."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    if hasattr(model, "follow"):                    # a Student's, which moves what no gradient moves
+        model.follow(torch.zeros((), device=loss.device))
+
 FIRST = 5                                           # the step a side begins with: those before, train_distill prints
 def our_steps(script, device, config, steps, guarded=True, model=None, data=None):
     """-> a side: `steps` optimizer steps as the script takes them; guarded=False: and nothing looks at them."""
@@ -143,8 +148,8 @@ def our_steps(script, device, config, steps, guarded=True, model=None, data=None
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}],
                                   weight_decay=0.0, betas=(config.beta1, config.beta2), fused=True)
     guard = Guard(model, optimizer, config.grad_clip) if guarded else None
-    dtype, turns, good = pick_dtype(config.dtype, device)[0], itertools.count(FIRST), torch.zeros((), device=device)
-    follow = getattr(unwrap(model), "follow", lambda bad: None)     # it moves what no gradient moves
+    dtype, turns = pick_dtype(config.dtype, device)[0], itertools.count(FIRST)
+    follow = getattr(unwrap(model), "follow", lambda bad: None)     # see plain_step
 
     def side():
         for step in itertools.islice(turns, steps):
@@ -160,11 +165,7 @@ def our_steps(script, device, config, steps, guarded=True, model=None, data=None
                 guard.backward(loss, parts)
                 follow(guard.step(step))
             else:
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                follow(good)
+                plain_step(model, optimizer, loss, config)
         return steps * config.batch_size
     return side
 
@@ -173,48 +174,41 @@ def guard_cost(device, pairs, config, script, unit, steps=4, turns=30, data=None
     return Row(unit, "<= +1 %", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
                "the whole step with the guard; with backward, clip_grad_norm_ and the same fused AdamW alone", True)
 
+IGNORE = -100                                       # transformers' label of what is not asked
 def padded(rows, length=0, pad=logbert.PAD):
     """List of (tokens, labels) -> two (B, T) int64, padded to length, or to the longest of them, as LogBERT does."""
     length = length or max(len(tokens) for tokens, _ in rows)
     return [torch.tensor([row + [fill] * (length - len(row)) for row in column])
             for column, fill in zip(zip(*rows), (pad, IGNORE))]
 
-def token_loss(length, pad=logbert.PAD):
-    """What plain_steps needs for a model of transformers: its loss, and its collate_fn; length, pad: see padded."""
+def token_loss(made, length, pad=logbert.PAD):
+    """For plain_steps: the loss of a model of transformers; and a collate_fn, where made(row) -> tokens, labels."""
     def loss_of(model, tokens, labels):
         logits = model(input_ids=tokens, attention_mask=tokens != pad).logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return loss_of, functools.partial(padded, length=length, pad=pad)
+    return loss_of, lambda rows: padded([made(row) for row in rows], length, pad)
 
+PLAIN = "DataLoader, shuffled, AdamW, clip_grad_norm_, loss.item()"     # what plain_steps is, in the table
 def plain_steps(device, config, model, rows, steps, loss_of, collate=None):
     """-> a side: `steps` optimizer steps of a plain loop; loss_of(model, the columns of a batch of rows)."""
     if len(rows) < config.batch_size:
         fail(f"{config.data_dir or 'demo'}: {len(rows)} training rows do not fill a batch of {config.batch_size}")
-    model, dtype, good = model.train(), pick_dtype(config.dtype, device)[0], torch.zeros((), device=device)
+    model, dtype = model.train(), pick_dtype(config.dtype, device)[0]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
-    follow = getattr(model, "follow", lambda bad: None)
     loader = DataLoader(rows, config.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     batches = (batch for _ in itertools.count() for batch in loader)        # epoch after epoch
 
     def side():
-        total = 0.0
         for batch in itertools.islice(batches, steps):
             batch = [column.to(device) for column in batch]
             with autocast(device, dtype):
                 loss = loss_of(model, *batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            follow(good)
-            total += loss.item()
+            plain_step(model, optimizer, loss, config)
+            loss.item()                             # to be logged
         return steps * config.batch_size
     return side
 
 # -------------------------------------------------------------------------------------------------------- train_edl
-MOSES = 1_584_663                                   # molecules of its train split
-PEAKS = {"H100 80GB HBM3": 989e12, "H200$": 989e12, "A100": 312e12}     # of these names, in dense bfloat16 FLOP/s
-
 def gpt2(transformers, config, data, device):
     """transformers' GPT-2 of the size of our model, its head untied as ours is."""
     torch.manual_seed(config.seed)
@@ -227,67 +221,61 @@ def gpt2(transformers, config, data, device):
 @torch.no_grad()
 def copy_weights(model, other):
     """Those of a MolGPT into a GPT-2 of its size, whose linear layers lie transposed."""
-    pairs = [(model.token, other.transformer.wte), (model.position, other.transformer.wpe),
-             (model.norm, other.transformer.ln_f), (model.head, other.lm_head)]
-    for block, h in zip(model.blocks, other.transformer.h):
-        pairs += [(block.norm1, h.ln_1), (block.attention.qkv, h.attn.c_attn), (block.attention.out, h.attn.c_proj),
-                  (block.norm2, h.ln_2), (block.up, h.mlp.c_fc), (block.down, h.mlp.c_proj)]
-    for mine, its in pairs:
-        its.weight.copy_(mine.weight.T if type(its).__name__ == "Conv1D" else mine.weight)
-        if getattr(mine, "bias", None) is not None:
-            its.bias.copy_(mine.bias)
+    names = {"token": "wte", "position": "wpe", "blocks": "h", "norm1": "ln_1", "attention": "attn", "qkv": "c_attn",
+             "out": "c_proj", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj", "norm": "ln_f"}
+    for name, mine in model.named_parameters():
+        path = ".".join(names.get(part, part) for part in name.split("."))
+        its = other.lm_head.weight if name == "head.weight" else other.transformer.get_parameter(path)
+        its.copy_(mine.T if ".c_" in path and mine.dim() > 1 else mine)
 
-class NextTokens(list):
-    """Molecules, arrays of BOS, tokens and EOS, that become what is read and what is asked when they are drawn."""
-    def __getitem__(self, i):
-        ids = super().__getitem__(i).tolist()
-        return ids[:-1], ids[1:]
+def next_tokens(ids):
+    """A molecule, an array of BOS, tokens and EOS -> what is read, what is asked (lists)"""
+    return ids[:-1].tolist(), ids[1:].tolist()
 
-def mfu(flops, device):
-    """So many FLOP/s as a share of the device's, - where that is not known."""
+MOSES = 1_584_663                                   # molecules of its train split
+PEAKS = {"H100 80GB HBM3": 989e12, "H200$": 989e12, "A100": 312e12}     # of these names, in dense bfloat16 FLOP/s
+def mfu(device, rate, *models):
+    """FLOP/s of so many tokens/s through a model in training, and its teacher, as a share of the device's."""
+    sizes = [(each, sum(p.numel() for p in model.parameters())) for each, model in zip((6, 2), models)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((peak for known, peak in PEAKS.items() if re.search(known, name)), None)
-    return f"MFU {f'{flops / peak:.1%}' if peak else '-'}"
+    share = f"{rate * sum(each * n for each, n in sizes) / peak:.1%}" if peak else "-"      # not known
+    return f"; MFU {share} ({' + '.join(f'{each} x {n:,}' for each, n in sizes)} parameters x tokens/s)"
 
 def utilization(config, data, rate, device):
     """What else is known of a GPU that trains on so many molecules/s."""
-    size = sum(p.numel() for p in new_model(edl, config, data, device).parameters())
-    share = mfu(6 * size * rate * data.length[data.rows["train"]].mean(), device)
-    return f"; {share} (6 x {size:,} parameters x tokens/s); computed: {MOSES / rate:,.0f} s for {MOSES:,} molecules"
+    share = mfu(device, rate * data.length[data.rows["train"]].mean(), new_model(edl, config, data, device))
+    return f"{share}; computed: {MOSES / rate:,.0f} s for {MOSES:,} molecules"
 
 def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
     transformers, data = peer("transformers"), edl.load_data(config, device)
     table, length = data.table.cpu().numpy(), data.block if longest else 0
-    rows = NextTokens(table[start:start + n + 1] for start, n in zip(
-        data.start[data.rows["train"]].tolist(), data.length[data.rows["train"]].tolist()))
-    sides = [our_steps(edl, device, config, steps), plain_steps(
-        device, config, gpt2(transformers, config, data, device), rows, steps, *token_loss(length, edl.EOS))
-        if transformers else None]
+    starts, lengths = (column[data.rows["train"]].tolist() for column in (data.start, data.length))
+    rows = [table[start:start + n + 1] for start, n in zip(starts, lengths)]
+    sides, loss_of = [our_steps(edl, device, config, steps)], token_loss(next_tokens, length, edl.EOS)
+    if transformers:
+        sides.append(plain_steps(device, config, gpt2(transformers, config, data, device), rows, steps, *loss_of))
     rates = measure(device, pairs, sides, turns)
     more = utilization(config, data, np.median(rates[0]), device) if device.type == "cuda" or config.dry_run else ""
     return Row("molecules/s", ">= 1.6x", "transformers", rates, peak_memory(device, sides),
                f"optimizer steps of {config.batch_size} molecules with their batches, evidential head and guard; "
-               f"transformers GPT2LMHeadModel, DataLoader, shuffled, padded to {length or 'the longest of a batch'}, "
-               f"AdamW, clip_grad_norm_, loss.item(){more}")
+               f"transformers GPT2LMHeadModel padded to {length or 'the longest of a batch'}, {PLAIN}{more}")
 
 def edl_sample(device, pairs, config, steps=300, n=256):
     transformers, data = peer("transformers"), edl.load_data(config, device)
     model = new_model(edl, config, data, device)
     our_steps(edl, device, config, steps, model=model)()            # or no molecule would end
     model.eval()
-    other = gpt2(transformers, config, data, device).eval() if transformers else None
-    if other:
+    if transformers:
+        other = gpt2(transformers, config, data, device).eval()
         copy_weights(model, other)
-
-    def mine():
-        return len([drawn["smiles"] for drawn in edl.generate(model, n, batch_size=n)])
 
     def plain():
         start = torch.full((n, 1), edl.BOS, device=device)
         drawn = other.generate(start, attention_mask=torch.ones_like(start), do_sample=True, use_cache=True, top_k=0,
                                top_p=1.0, temperature=1.0, max_new_tokens=data.block)
         return len(["".join(data.vocab[i] for i in ids if i > edl.EOS) for ids in drawn.tolist()])
-    sides = [mine, plain if transformers else None]
+    sides = [lambda: len(list(edl.generate(model, n, batch_size=n))), plain if transformers else None]
     return Row("molecules/s", ">= 3x", "transformers", measure(device, pairs, sides), peak_memory(device, sides),
                f"{n} SMILES drawn at once with a KV cache, ours with NLL and uncertainties; transformers "
                f"GPT2LMHeadModel.generate with the same weights, those of {steps} steps")
@@ -300,8 +288,7 @@ def edl_head(device, pairs, config, steps=edl.WINDOW, turns=5):
 @contextlib.contextmanager
 def two_workers(device, config, steps):
     """-> a side: both of two processes under DDP, started as torchrun would, take `steps` steps."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         about = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
     command = [sys.executable, __file__, "--worker", json.dumps([device.type, vars(config), steps])]
     workers = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
@@ -330,15 +317,10 @@ def work(kind, config, steps):
     finish()
 
 def edl_pair(device, pairs, config, steps=edl.WINDOW, turns=5):
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    one = our_steps(edl, device, config, steps)
-    if device.type == "cuda" and torch.cuda.device_count() < 2:
-        rates = measure(device, pairs, [one], turns)
-    else:
-        with two_workers(device, config, steps) as two:
-            rates = measure(device, pairs, [two, one], turns)
-    torch.set_num_threads(threads)
+    one, single = our_steps(edl, device, config, steps), device.type == "cuda" and torch.cuda.device_count() < 2
+    with contextlib.nullcontext() if single else two_workers(device, config, steps) as two:
+        rates = measure(device, pairs, [two, one], turns)
     return Row("molecules/s", ">= 1.8x", "", rates, [], f"optimizer steps of {config.batch_size} molecules each in two "
                "processes under DDP; in one alone; one thread each")
 
@@ -357,22 +339,20 @@ def masked(keys, places):
     labels = [key if place in places else IGNORE for place, key in enumerate(keys)]
     return [logbert.DIST] + tokens, [IGNORE] + labels
 
-class MaskedAtRandom(list):
-    """Sessions, lists of ids, that are masked in Python when they are asked for, as LogBERT's own data set does."""
-    def __getitem__(self, i):
-        keys, share = super().__getitem__(i), random.uniform(0, 0.5)
-        return masked(keys, {place for place in range(len(keys)) if random.random() < share})
+def masked_at_random(keys):
+    """As LogBERT's own data set does, in Python whenever a session is drawn."""
+    share = random.uniform(0, 0.5)
+    return masked(keys, {place for place in range(len(keys)) if random.random() < share})
 
 def logbert_train(device, pairs, config, steps=2 * logbert.WINDOW, turns=10, length=0):
     transformers, data = peer("transformers"), logbert.load_data(config, device)
-    rows = MaskedAtRandom(data.session(row).ids.tolist() for row in data.rows["train"])
-    sides = [our_steps(logbert, device, config, steps),
-             plain_steps(device, config, bert(transformers, config, data), rows, steps, *token_loss(length))
-             if transformers else None]
+    rows = [data.session(row).ids.tolist() for row in data.rows["train"]]
+    sides, loss_of = [our_steps(logbert, device, config, steps)], token_loss(masked_at_random, length)
+    if transformers:
+        sides.append(plain_steps(device, config, bert(transformers, config, data), rows, steps, *loss_of))
     return Row("sessions/s", ">= 3x", "transformers", measure(device, pairs, sides, turns), peak_memory(device, sides),
                f"optimizer steps of {config.batch_size} sessions with their batches; transformers BertForMaskedLM, "
-               f"masks in Python, DataLoader, shuffled, padded to {length or 'the longest of a batch'}, AdamW, "
-               "loss.item()")
+               f"masks in Python, padded to {length or 'the longest of a batch'}, {PLAIN}")
 
 def logbert_score(device, pairs, config, view, sample=100):
     config, transformers = logbert.Config(**vars(config) | {"view": view}), peer("transformers")
@@ -389,14 +369,12 @@ def logbert_score(device, pairs, config, view, sample=100):
     @torch.no_grad()
     def plain():
         asked = [masked(keys, {place}) for keys in drawn for place in range(len(keys))]
-        owner, nll = np.repeat(np.arange(len(drawn)), [len(keys) for keys in drawn]), []
+        first, nll = np.cumsum([0] + [len(keys) for keys in drawn[:-1]]), []
         for tokens, labels in DataLoader(asked, 64, collate_fn=padded):
             tokens, here = tokens.to(device), labels != IGNORE      # one place in each row
             logp = other(input_ids=tokens, attention_mask=tokens != logbert.PAD).logits.log_softmax(-1).cpu()
             nll += (-logp[here].gather(1, labels[here][:, None])[:, 0]).tolist()
-        scores = np.full(len(drawn), -np.inf)
-        np.maximum.at(scores, owner, nll)
-        return len(scores)
+        return len(np.maximum.reduceat(nll, first))     # each session's worst key
     sides = [distinct, plain if transformers else None]
     return Row("sessions/s", ">= 10x", "transformers", measure(device, pairs, sides), peak_memory(device, sides),
                f"the {len(rows):,} test sessions, equal {'multisets' if view == 'bag' else 'sequences'} once; "
@@ -404,8 +382,6 @@ def logbert_score(device, pairs, config, view, sample=100):
                "in turn, DataLoader, 64 rows at once")
 
 # ---------------------------------------------------------------------------------------------------- train_student
-MORGAN = [GetMorganGenerator(radius=2, fpSize=size) for size in (features.ECFP_BITS, features.COUNT_BITS)]
-
 @torch.no_grad()
 def dense_student(model):
     """A Student -> the same with the fingerprint's layer as one would write it first: all 6144 entries of a row."""
@@ -415,6 +391,7 @@ def dense_student(model):
     new.weight.copy_(old.weight.weight.T), new.bias.copy_(old.bias)
     return other
 
+MORGAN = [GetMorganGenerator(radius=2, fpSize=size) for size in (features.ECFP_BITS, features.COUNT_BITS)]
 def dense_rows(smiles, bins):
     """What a plain data set holds of k molecules -> fingerprint (k, 6144), mass (k,), fragments (k, 3, bins)."""
     rows = []
@@ -443,11 +420,10 @@ def student_train(device, pairs, config, steps=4, turns=5, most=4_000):
              plain_steps(device, config, dense_student(new_model(student, config, data, device)), rows, steps, loss_of)]
     return Row("spectra/s", ">= 1x", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
                f"optimizer steps of {config.batch_size} spectra with their batches and guard, no teacher; the same "
-               f"model and loss in plain PyTorch, nn.Linear on dense rows, {len(rows):,} in memory, DataLoader, "
-               "shuffled, AdamW, clip_grad_norm_, loss.item()")
+               f"model and loss in plain PyTorch, nn.Linear on dense rows, {len(rows):,} in memory, {PLAIN}")
 
 def student_predict(device, pairs, config, n=256, turns=2):
-    data, threads = student.load_data(config, device), torch.get_num_threads()
+    data = student.load_data(config, device)
     smiles = [data.smiles(row) for row in np.resize(data.rows["train"], n)]
     model, bins = new_model(student, config, data, device).eval(), data.molecules.bins
     other = dense_student(model)
@@ -464,7 +440,6 @@ def student_predict(device, pairs, config, n=256, turns=2):
     torch.testing.assert_close(mine(), plain(), rtol=0, atol=1e-3)
     sides = [lambda: len(mine()), lambda: len(plain())]
     rates, memory = measure(device, pairs, sides, turns), peak_memory(device, sides)
-    torch.set_num_threads(threads)
     return Row("molecules/s", "<= 1 ms per molecule", "", rates, memory,
                f"SMILES to spectra, {n} at once, one thread, {1000 / np.median(rates[0]):.2f} ms each; RDKit's "
                "fingerprints as dense rows, the same fragments, the same model with nn.Linear")
@@ -474,7 +449,6 @@ def student_predict(device, pairs, config, n=256, turns=2):
 SCENES = {"dry": ((32, 32), 32, 2, (32, 32), 1, 99, 16, 2),
           "cpu": ((64, 128, 128), 128, 2, (32, 64, 128, 128), 4, 9999, 256, 2),
           "cuda": ((320, 640, 1280, 1280), 768, 8, (128, 256, 512, 512), 12, 49408, 512, 8)}
-
 def random_scenes(config, device, n=64):
     """-> the rows' Config, and Data of random latents and embeddings as prepare.py caches them, 1 to 8 boxes a row."""
     _, D, _, widths, *_, pixels, batch_size = SCENES["dry" if config.dry_run else device.type]
@@ -484,16 +458,15 @@ def random_scenes(config, device, n=64):
     (corner, size), there = draw.random((2, n, 8, 2), np.float32) / 2, np.arange(8) < draw.integers(1, 9, (n, 1))
     table |= {"boxes": np.concatenate([corner, corner + size], -1) * there[..., None], "caption": np.arange(1, n + 1),
               "phrase": np.where(there, draw.integers(80, size=(n, 8)), -1)}
-    data = adapter.Data(Path(), {"kind": "latents", "slots": 8}, table, {"train": np.arange(n)}, device, "")
+    data = adapter.Data(Path(), {"kind": "latents", "slots": 8, "base": {}}, table, {"train": np.arange(n)}, device, "")
     return dataclasses.replace(config, box_mask=False, rms_norm=False, batch_size=batch_size), data
 
 def new_adapter(config, data):
     """Gated layers on a frozen model of random weights for these rows: the toy's, or one as of Stable Diffusion 1."""
     widths, D, heads, *_ = SCENES["dry" if config.dry_run else data.device.type]
-    there = ["CrossAttn"] * (len(widths) - 1) + [""]        # attention, but at the coarsest level
     raw = {"block_out_channels": widths, "cross_attention_dim": D, "attention_head_dim": heads,
-           "attention_type": "gated", "down_block_types": [f"{has}DownBlock2D" for has in there],
-           "up_block_types": [f"{has}UpBlock2D" for has in there[::-1]]}
+           "down_block_types": ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"],
+           "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (len(widths) - 1), "attention_type": "gated"}
     if data.toy:
         base = adapter.ToyBase(config.width, config.depth, config.patch, True)
         base.proj_out.reset_parameters()            # it starts at 0, and with it all gradients
@@ -506,20 +479,6 @@ def new_adapter(config, data):
         fuser.alpha_attn.data.fill_(0.5), fuser.alpha_dense.data.fill_(-0.5)
     return model
 
-def gligen(unet, noisy, times, context, boxes, phrases, masks):
-    """The prediction of diffusers' UNet with gated layers, called like ours."""
-    layout = {"boxes": boxes, "positive_embeddings": phrases, "masks": masks}
-    return unet(noisy, times, context, cross_attention_kwargs={"gligen": layout}).sample
-
-def check_same(base, other, latents, *given):
-    """AssertionError unless both predict the same, with the same gradients of the gates."""
-    times = torch.arange(len(latents), device=latents.device) * 300 + 50
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        outs = base(latents, times, *given), gligen(other, latents, times, *given)
-        grads = [torch.stack(torch.autograd.grad(out.square().mean(), [p for name, p in sorted(
-            unet.named_parameters()) if "alpha_" in name])) for unet, out in zip((base, other), outs)]
-    torch.testing.assert_close(*outs, rtol=0, atol=1e-4), torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
-
 def adapter_step(device, pairs, config, steps=1, turns=2, compiled=False):
     diffusers, (config, data) = peer("diffusers"), random_scenes(config, device)
     model, rows = new_model(adapter, config, data, device), adapter.get_rows(data, data.rows["train"])
@@ -530,12 +489,13 @@ def adapter_step(device, pairs, config, steps=1, turns=2, compiled=False):
         other.load_state_dict(model.base.state_dict())
         for name, parameter in other.named_parameters():
             parameter.requires_grad_(bool(GATED.search(name)))
-        check_same(*unets, *(column[:2] for column in columns))
         ddpm = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
-        def loss_of(unet, latents, *given):
+        def loss_of(unet, latents, context, boxes, phrases, masks):
             noise, times = torch.randn_like(latents), torch.randint(1000, latents.shape[:1], device=device)
-            return F.mse_loss(gligen(unet, ddpm.add_noise(latents, noise, times), times, *given).float(), noise)
+            layout = {"gligen": {"boxes": boxes, "positive_embeddings": phrases, "masks": masks}}
+            noisy = ddpm.add_noise(latents, noise, times)
+            return F.mse_loss(unet(noisy, times, context, cross_attention_kwargs=layout).sample.float(), noise)
         sides.append(plain_steps(device, config, other, TensorDataset(*(x.cpu() for x in columns)), steps, loss_of))
     for unet in unets if compiled else []:          # its C++ for a CPU takes minutes, so a dry run only traces
         unet.compile(backend="inductor" if device.type == "cuda" else "eager")
@@ -544,17 +504,17 @@ def adapter_step(device, pairs, config, steps=1, turns=2, compiled=False):
                measure(device, pairs, sides, turns), peak_memory(device, sides),
                f"optimizer steps of {config.batch_size} cached latents {data.table['latents'].shape[1:]}, {trained:,} "
                f"trained and {frozen:,} frozen parameters{', both compiled' * compiled}, guard; diffusers UNet with "
-               "gated layers of the same weights, DataLoader, AdamW, clip_grad_norm_, loss.item()")
+               f"gated layers of the same weights, {PLAIN}")
 
 def adapter_cached(device, pairs, config, steps=1, turns=2):
     _, D, _, widths, layers, vocab, pixels, n = SCENES["dry" if config.dry_run else device.type]
     config, data = random_scenes(config, device)
-    cached, of_all = our_steps(adapter, device, config, steps, data=data), ["DownEncoderBlock2D"] * len(widths)
-    vae, text = (part.eval().requires_grad_(False).to(device, pick_dtype(config.dtype, device)[0]) for part in (
-        VAE(vae_shape({"block_out_channels": widths, "layers_per_block": 2, "down_block_types": of_all,
-                       "up_block_types": ["UpDecoderBlock2D"] * len(widths)})),
-        CLIPText(text_shape({"vocab_size": vocab, "hidden_size": D, "num_hidden_layers": layers}))))
-    pictures = torch.randn(n, 3, pixels, pixels, device=device, dtype=vae.quant_conv.weight.dtype)
+    cached, dtype = our_steps(adapter, device, config, steps, data=data), pick_dtype(config.dtype, device)[0]
+    vae = VAE(dataclasses.replace(vae_shape({"layers_per_block": 2}), widths=widths))
+    text = CLIPText(text_shape({"vocab_size": vocab, "hidden_size": D, "num_hidden_layers": layers}))
+    for part in vae, text:
+        part.eval().requires_grad_(False).to(device, dtype)
+    pictures = torch.randn(n, 3, pixels, pixels, device=device, dtype=dtype)
     captions, phrases = (torch.randint(vocab, shape, device=device) for shape in ((n, 77), (4 * n, 8)))
 
     def encoding():
@@ -568,35 +528,34 @@ def adapter_cached(device, pairs, config, steps=1, turns=2):
                f"of 77 tokens and 4 phrases of 8 a row through a CLIP of {layers} layers {D} wide each time")
 
 # ---------------------------------------------------------------------------------------------------- train_distill
-GPT2S = {"dry": ((16, 1, 2), (32, 2, 2)), "cpu": ((256, 4, 4), (384, 6, 6)),     # width, layers, heads of the student
-         "cuda": ((768, 12, 12), (1280, 36, 20))}   # and of its teacher; GPT-2 and GPT-2 large
-
-def random_rows(config, device, vocab, n=64):
-    """Rows of random tokens that fill max_length, the whole of them supervised -> Data"""
-    length, rows = config.max_length, np.arange(n)
-    table = torch.from_numpy(np.random.default_rng(0).integers(vocab, size=n * length, dtype=np.int32)).to(device)
-    return Data(table, rows * length, np.full(n, length - 1), np.zeros(n, np.int64), {"train": rows}, vocab, None, None)
-
 def distill_rows(device, config, full=False, most=0):
-    """The rows, at most so many, with GPT-2's 50257 ids however few of them they use -> Data"""
-    vocab = 1000 if config.dry_run else 50257
+    """The rows, at most so many, with GPT-2's 50257 ids however few of them they use; full: 64 rows of random tokens
+    that fill max_length, the whole of them supervised -> Data"""
+    vocab, n, length = 1000 if config.dry_run else 50257, 64, config.max_length
     own = dataclasses.replace(config, student="tiny", teacher="")   # a set's tokenizer is not that of random models
-    data = random_rows(config, device, vocab) if full else distill.load_data(own, device)
-    rows = np.random.default_rng(0).permutation(data.rows["train"])
+    data, draw = distill.load_data(own, device), np.random.default_rng(0)
+    if full:
+        table = torch.from_numpy(draw.integers(vocab, size=n * length, dtype=np.int32)).to(device)
+        data = dataclasses.replace(data, table=table, start=np.arange(n) * length, length=np.full(n, length - 1),
+                                   first=np.zeros(n, np.int64), rows={"train": np.arange(n)})
+    rows = draw.permutation(data.rows["train"])
     return dataclasses.replace(data, vocab=max(vocab, data.vocab), rows={"train": rows[:most or None]})
 
+GPT2S = {"dry": ((16, 1, 2), (32, 2, 2)), "cpu": ((256, 4, 4), (384, 6, 6)),     # width, layers, heads of the student
+         "cuda": ((768, 12, 12), (1280, 36, 20))}   # and of its teacher; GPT-2 and GPT-2 large
 @contextlib.contextmanager
-def distill_models(device, config, vocab):
-    """-> the Config of a GPT-2 and its teacher, of random weights, in two folders."""
+def distill_models(device, config, full=False, most=0):
+    """-> distill_rows, and the Config of a GPT-2 and its teacher, of random weights, in two folders beside them."""
+    data = distill_rows(device, config, full, most)
     sizes = GPT2S["dry" if config.dry_run else device.type]
     with tempfile.TemporaryDirectory() as folder:
-        folders = {name: f"{folder}/{name}" for name in ("student", "teacher")}
-        for seed, (path, (width, layers, heads)) in enumerate(zip(folders.values(), sizes)):
+        for seed, (name, (width, layers, heads)) in enumerate(zip(("student", "teacher"), sizes)):
             torch.manual_seed(seed)
-            distill.save_hf(distill.Decoder({
-                "model_type": "gpt2", "vocab_size": vocab, "n_positions": config.max_length, "n_embd": width,
-                "n_layer": layers, "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}), path)
-        yield dataclasses.replace(config, **folders)
+            raw = dict(model_type="gpt2", vocab_size=data.vocab, n_positions=config.max_length, n_embd=width,
+                       n_layer=layers, n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+            distill.save_hf(distill.Decoder(raw), f"{folder}/{name}")
+        data.folder = Path(folder)                  # for the cache too
+        yield data, dataclasses.replace(config, student=f"{folder}/student", teacher=f"{folder}/teacher")
 
 def original_loss(logits, teacher_logits, ce, config):
     """As one writes it first: the divergence is a sum over tokens and pads, divided by rows."""
@@ -632,9 +591,8 @@ def trainer_steps(device, config, data, steps, length=0):
             return original_loss(outputs.logits, taught.logits, outputs.loss, config)
 
     def collate(rows):
-        tokens, labels = padded(rows, length, 0)
-        mask = torch.arange(tokens.shape[1]) < torch.tensor([[len(ids)] for ids, _ in rows])
-        return {"input_ids": tokens, "labels": labels, "attention_mask": mask.long()}
+        tokens, labels = padded(rows, length, -1)
+        return {"input_ids": tokens.clamp(min=0), "labels": labels, "attention_mask": (tokens >= 0).long()}
 
     arguments = transformers.TrainingArguments(
         str(Path(config.student).with_name("trainer")), per_device_train_batch_size=config.batch_size, max_steps=steps,
@@ -655,30 +613,25 @@ def trainer_steps(device, config, data, steps, length=0):
 def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached=False, full=None):
     full = device.type == "cuda" and not longest if full is None else full      # a GPU's MFU is that of full rows
     length, there = 0 if longest else config.max_length, peer("accelerate") and peer("transformers")
-    data = distill_rows(device, config, full, 96 * cached)
-    with distill_models(device, config, data.vocab) as config:
-        data.folder = Path(config.student).parent
+    with distill_models(device, config, full, 96 * cached) as (data, config):
         if cached:
             config = dataclasses.replace(config, cache_teacher=64)
             data = dataclasses.replace(data, cache=cached_teacher(distill, config, data))
-        sides = [our_steps(distill, device, config, steps, data=data)]
-        if there:
-            sides.append(trainer_steps(device, config, data, steps, length))
+        sides = [our_steps(distill, device, config, steps, data=data),
+                 trainer_steps(device, config, data, steps, length) if there else None]
         rates = measure(device, pairs, sides, turns) * data.length[data.rows["train"]].mean()
         memory, more = peak_memory(device, sides), ""
         if device.type == "cuda" or config.dry_run:
-            sizes = [sum(p.numel() for p in distill.load_hf(it, device).parameters())
-                     for it in (config.student, config.teacher)]
-            more = (f"; {mfu((6 * sizes[0] + 2 * sizes[1]) * np.median(rates[0]), device)} (6 x {sizes[0]:,} + 2 x "
-                    f"{sizes[1]:,} parameters x tokens/s)")
+            models = [distill.load_hf(folder, device) for folder in (config.student, config.teacher)]
+            more = mfu(device, np.median(rates[0]), *models)
     share = data.asked[data.rows["train"]].sum() / data.length[data.rows["train"]].sum()
-    rows = f"optimizer steps of {config.batch_size} rows" + (
-        f" of {config.max_length} random tokens" if full else f", {share:.0%} of their tokens supervised")
+    rows = f"rows of {config.max_length} random tokens" if full else f"rows, {share:.0%} of their tokens supervised"
     return Row("tokens/s, without pads", ">= 2x" if cached else ">= 1x" if longest else ">= 1.5x",
                "transformers accelerate", rates, memory,
-               f"{rows}, GPT-2s of {data.vocab:,} ids, teacher {'cached, 64 a token' if cached else 'asked each time'},"
-               f" guard; transformers Trainer, {steps} step{'s' * (steps > 1)} a piece, KL of all positions, the same "
-               f"weights and batches, padded to {length or 'their longest'}{more}")
+               f"optimizer steps of {config.batch_size} {rows}, GPT-2s of {data.vocab:,} ids, teacher "
+               f"{'cached, 64 a token' if cached else 'asked each time'}, guard; transformers Trainer, {steps} "
+               f"step{'s' * (steps > 1)} a piece, KL of all positions, the same weights and batches, padded to "
+               f"{length or 'their longest'}{more}")
 
 def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
     torch.manual_seed(0)
@@ -712,8 +665,7 @@ def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
                f"{memory[1] / 2 ** 20:,.0f} MiB; both above weights and inputs and without the gradients of these")
 
 def distill_guard(device, pairs, config, steps=2, turns=3):
-    data = distill_rows(device, config)
-    with distill_models(device, config, data.vocab) as config:
+    with distill_models(device, config) as (data, config):
         return guard_cost(device, pairs, config, distill, "rows/s", steps, turns, data)
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -778,7 +730,6 @@ def main(argv=None):
         if not flags.dry_run:
             fail("--gpu: torch sees no CUDA device here; leave the flag out to measure the CPU")
         print("--gpu --dry_run: torch sees no CUDA device here, so the same code runs on the CPU")
-    torch.set_num_threads(flags.threads)
     device, pairs = torch.device("cuda" if cuda else "cpu"), 1 if flags.dry_run else 15 if flags.full else 5
     where = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}" if cuda else "CPU"
     names = "torch", "diffusers", "transformers", "accelerate"
@@ -790,6 +741,7 @@ def main(argv=None):
         row, more, tiny = ROWS[name]
         script, flag = SCRIPTS.get(name.split()[0], (logbert, ""))
         config = settings(script, device, flags.dry_run, getattr(flags, flag, ""))
+        torch.set_num_threads(flags.threads)                    # the row before may have changed that
         with contextlib.redirect_stdout(sys.stderr):            # what the scripts say is no line of the table
             done = row(device, pairs, config, **more | (tiny if flags.dry_run else {}))
         print(line(name, done), flush=True)

@@ -1,8 +1,9 @@
-"""What each data set needs: lines, workers, progress, checksums, folders that are whole, the demo set, given files."""
+"""What data sets need: lines, workers, progress, checksums, whole folders, the demo set, given files, JSON, tables."""
 import contextlib
 import gzip
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -124,6 +125,19 @@ def given_file(flag, *paths):
                  "'weights.safetensors')\"; whether they fit is another question: the script names what does not")
         if path and not Path(path).is_file():
             fail(f"--{flag} {path}: no such file" + "; a run has out/NAME/best.safetensors" * (flag != "smiles"))
+
+def write_json(path, found):
+    """Strict JSON: NaN and Inf become null -> what the file holds."""
+    found = json.loads(json.dumps(found), parse_constant=lambda name: None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+def aligned(rows):
+    """Lists of str of one length -> lines; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([f"{row[0]:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:]))])
+            for row in rows]
 
 def or_fail(function, *arguments):
     """What the function returns; a ValueError of it ends in fail()."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import train_adapter as script
 from data.scenes import demo
-from data.scenes.diffusers_folder import GATED, weights_sha256
+from data.scenes.diffusers_folder import GATED, part_sha256
 from data.scenes.report import other_boxes
 from runs import read_file
 from train_adapter import Adapter, Config, ToyBase
@@ -78,8 +79,9 @@ def latent_set(folder, name, size=(8, 8), n=96):
     if raw.get("addition_embed_type"):
         arrays |= {"pooled": rng.standard_normal((6, 20)).astype(np.float16),
                    "time_ids": rng.integers(0, 64, (n, 6)).astype(np.float32)}
-    vae = weights_sha256(FIXTURES / name, "vae") if (FIXTURES / name / "vae").is_dir() else ""
-    return script.read_folder(write_set(folder, {"kind": "latents", "base": {"vae": vae}}, arrays), CPU)
+    vae = part_sha256(FIXTURES / name, "vae") if (FIXTURES / name / "vae").is_dir() else ""
+    return script.read_folder(write_set(folder, {"kind": "latents", "base": {
+        "vae": vae, "embeddings": True}}, arrays), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +306,7 @@ def test_guidance(data):
     empty = {**batch, "context": batch["empty"].expand(4, -1), "masks": 0 * batch["masks"]}
     times = torch.full((4,), 999)
     u, c = (script.predict(model, x, times, some) for some in (empty, batch))
-    for config, g in ((strong, 3), (single, 2), (settings(guidance=0.0, sample_steps=1), 0)):
+    for config, g in ((strong, 3), (single, 7.5), (settings(guidance=0.0, sample_steps=1), 0)):
         assert (script.generate(model, batch, config) - (u + g * (c - u)).clamp(-1, 1)).abs().max() < 1e-5
     assert not torch.equal(*(script.generate(model, batch, one, seed=seed) for seed in (5, 6)))
 
@@ -339,7 +341,7 @@ def test_beta_is_the_share_of_steps_with_the_adapter(data):
     assert not torch.equal(script.generate(model, batch, settings()), plain)
     half = script.generate(model, batch, settings(beta=0.5))
     assert not torch.equal(half, plain) and not torch.equal(half, script.generate(model, batch, settings()))
-    for beta, steps, wanted in ((0.0, 4, []), (0.5, 4, [0, 1]), (0.5, 5, [0, 1, 2]), (0.3, 10, [0, 1, 2]),
+    for beta, steps, wanted in ((0.0, 4, []), (0.5, 4, [0, 1]), (0.5, 5, [0, 1]), (0.3, 10, [0, 1, 2]),
                                 (1.0, 3, [0, 1, 2])):
         calls = seen(model, lambda: script.generate(model, batch, settings(beta=beta, sample_steps=steps)))
         assert [i for i, call in enumerate(calls) if call[3] is not None] == wanted and len(calls) == steps
@@ -502,7 +504,7 @@ def test_the_scale_is_drawn_once_per_step(tiny, data):
     layouts, hook = [], model.fusers[0].register_forward_pre_hook(lambda _, given: layouts.append(given[1]))
     call, = seen(model, lambda: script.compute_loss(model, batch, 0, settings()))
     hook.remove()
-    assert call[-1] is batch["scale"] is layouts[0].scale and layouts[0].box_mask and layouts[0].rms
+    assert call[-1] is batch["scale"] is layouts[0].scale and layouts[0].box_mask and layouts[0].rms_norm
     assert torch.equal(layouts[0].present, batch["masks"][..., 0])
     calls = seen(model, lambda: (script.evaluate(model, data, settings(), "val", 8), script.gates_of(
         model, data, settings()), script.identity(model, data, settings())))
@@ -596,7 +598,7 @@ def test_scores_and_gap_against_a_loop_over_rows(data, latents, kind):
         right, gaps = [], []
         for row, other in zip(chosen, partner):
             batch, alpha = script.get_rows(rows, [row]), alphas[at]
-            noise = script.fixed_noise(rows, [row], at)
+            noise = script.fixed_batch(rows, [row], at)["noise"]
             noisy = (alpha.sqrt() * batch["clean"] + (1 - alpha).sqrt() * noise).float()
             target = {"sample": batch["clean"], "epsilon": noise,
                       "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * batch["clean"]}[kind]
@@ -620,10 +622,10 @@ def test_evaluation_is_repeatable(data):
     torch.manual_seed(5)
     assert script.evaluate(model, data, config, "val") == scores and model.training and not model.base.training
     assert script.evaluate(model, data, config, "val", 96) == scores != script.evaluate(model, data, config, "val", 95)
-    alone = script.fixed_noise(data, [7], 500)      # whatever else is looked at
-    both = script.fixed_noise(data, [3, 7], 500)
+    alone = script.fixed_batch(data, [7], 500)["noise"]      # whatever else is looked at
+    both = script.fixed_batch(data, [3, 7], 500)["noise"]
     assert torch.equal(both[1:], alone) and abs(torch.corrcoef(both.flatten(1))[0, 1]) < 0.1
-    assert not torch.equal(alone, script.fixed_noise(data, [7], 800)) and abs(alone.std() - 1) < 0.1
+    assert not torch.equal(alone, script.fixed_batch(data, [7], 800)["noise"]) and abs(alone.std() - 1) < 0.1
     lonely = dataclasses.replace(data, rows={"val": odd_one_out(data).rows["val"][3:4]})
     found = script.evaluate(model, lonely, config, "val")
     assert "mse_500" in found and "gap_500" not in found                     # no number is better than a wrong one
@@ -654,7 +656,7 @@ def test_gates_are_told_by_their_size(data):
     hooks = [fuser.register_forward_hook(lambda _, x, out: given.append((x[0].double(), out.double())))
              for fuser in model.fusers]
     alpha = script.alphas_of(script.TOY_SCHEDULE)[500]
-    noise = script.fixed_noise(data, data.rows["val"][:32], 500)
+    noise = script.fixed_batch(data, data.rows["val"][:32], 500)["noise"]
     out = model(alpha.sqrt() * batch["clean"] + (1 - alpha).sqrt() * noise, torch.full((32,), 500), batch["context"],
                 batch["boxes"], batch["phrases"], batch["masks"], None, 1.0)
     (out - batch["clean"]).square().mean().backward()
@@ -755,5 +757,43 @@ def test_data_of_another_base_are_refused(data, latents, sized, capsys):
             (plain, changed(latents, pooled=sized.table["pooled"]), "pooled")):
         said = stopped(capsys, lambda: script.check_data(rows, model))
         assert all(culprit in said for culprit in ("--data_dir", *culprits.split())), said
-    foreign = dataclasses.replace(latents, meta=latents.meta | {"base": {"vae": "0" * 64}})
-    assert "another VAE" in stopped(capsys, lambda: script.check_data(foreign, plain))
+    made = latents.meta["base"]
+    for part, more in (("vae", {"vae": "0" * 64}), ("text_encoder", {"embeddings": False, "text_encoder": ""})):
+        base = made | more
+        foreign = dataclasses.replace(latents, meta=latents.meta | {"base": base})
+        assert f"another {part}" in stopped(capsys, lambda: script.check_data(foreign, plain))
+
+
+def test_the_branch_is_of_the_dtype_of_what_it_is_added_to(latents, monkeypatch):
+    """A GPU's autocast makes an rms_norm float32, and the sum would be too: but only where there are boxes."""
+    model, true = on_fixture("sd1", rms_norm=True), F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda x, *more: true(x, *more).float())
+    assert script.identity(model, latents, settings(dtype="bfloat16")) == 0.0
+
+
+def test_layers_that_were_trained_apart_are_not_shared():
+    unet = on_fixture("sd1").base
+    fusers = [module for module in unet.modules() if isinstance(module, script.Fuser)]
+    fusers[0].alpha_attn.data.fill_(0.5)
+    with pytest.raises(ValueError, match="trained apart"):
+        script.share_fusers(unet)
+
+
+def test_phrases_of_the_texts_width_are_projected_as_the_captions_are(sized):
+    model = on_fixture("kolors")
+    batch = script.get_rows(sized, sized.rows["val"][:2])
+    raw = torch.randn(*batch["phrases"].shape[:2], 28)
+    times = torch.tensor([5, 500])
+    for fuser in model.fusers:
+        fuser.alpha_attn.data.fill_(0.5)
+    one = script.predict(model, batch["clean"], times, batch | {"phrases": raw})
+    other = script.predict(model, batch["clean"], times, batch | {"phrases": model.base.encoder_hid_proj(raw)})
+    assert torch.equal(one, other)
+    assert not torch.equal(one, script.predict(model, batch["clean"], times, batch))
+
+
+def test_held_out_rows_are_a_fixed_sample(data):
+    rows = data.some("val", 10)
+    assert len(rows) == 10 and {*rows} < {*data.rows["val"]} and (rows == data.some("val", 10)).all()
+    assert (rows[1:] > rows[:-1]).all() and (rows != data.rows["val"][:10]).any()
+    assert (data.some("val", 0) == data.rows["val"]).all() and len(data.some("val", 10 ** 6)) == len(data.rows["val"])

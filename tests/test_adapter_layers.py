@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_adapter as script
-from data.scenes import demo
+from data.scenes import demo, report
 from data.scenes.diffusers_folder import Schedule
 from train_adapter import Config, Fuser, Layout, PositionNet, ToyBase
 
@@ -196,7 +196,7 @@ def test_with_rms_norm_the_residual_is_the_gate():
         fuser.alpha_attn.fill_(gate), fuser.alpha_dense.zero_()
         layout = Layout(torch.randn(2, 3, 5).double(), torch.rand(2, 3, 4), torch.ones(2, 3), 0.5, False, True)
         rms, plain = ((fuser(x, some, None) - x).square().mean(-1).sqrt() / 0.5 - abs(math.tanh(gate)) for some in (
-            layout, dataclasses.replace(layout, rms=False)))
+            layout, dataclasses.replace(layout, rms_norm=False)))
         assert rms.abs().max() < 1e-12 and plain.abs().max() > 1e-3
 
 
@@ -247,9 +247,9 @@ def test_noise_targets_and_their_inverse(kind):
         wanted = {"epsilon": noise[i], "sample": clean[i], "v_prediction": signal * noise[i] - sigma * clean[i]}[kind]
         assert (noisy[i] - signal * clean[i] - sigma * noise[i]).abs().max() < 1e-14
         assert (target[i] - wanted).abs().max() < 1e-14
-        found = script.split(noisy[i], target[i], alpha[i], kind)
+        found = script.clean_and_noise(noisy[i], target[i], alpha[i], kind)
         assert all((x - y).abs().max() < 1e-12 for x, y in zip(found, (clean[i], noise[i])))
-        off = script.split(noisy[i], target[i] + 0.1, alpha[i], kind)        # wrong, yet still two parts of noisy
+        off = script.clean_and_noise(noisy[i], target[i] + 0.1, alpha[i], kind)     # wrong, yet two parts of noisy
         assert (signal * off[0] + sigma * off[1] - noisy[i]).abs().max() < 1e-12
         assert (off[0] - clean[i]).abs().max() > 1e-3
 
@@ -318,7 +318,7 @@ def test_a_perfect_denoiser_is_sampled_to_the_truth(kind, spacing):
 def test_a_step_clips_the_clean_part_alone(kind):
     plan, alphas = schedule(kind, clip=0.5), script.alphas_of(schedule()).double()
     x, out = torch.randn(2, 50, dtype=torch.float64)
-    clean, noise = script.split(x, out, alphas[799], kind)
+    clean, noise = script.clean_and_noise(x, out, alphas[799], kind)
     found = script.ddim_step(plan, alphas, x, out, 799, 10)
     wanted = alphas[699].sqrt() * clean.clamp(-0.5, 0.5) + (1 - alphas[699]).sqrt() * noise
     assert (found - wanted).abs().max() < 1e-12 and clean.abs().max() > 0.5
@@ -345,14 +345,14 @@ def test_learning_rates(decay, least):
 def test_alarms():
     quiet = {"attn": [0.3, 0.004], "dense": [0.2, 0.001], "ratio": [0.4, 0.2], "grad": [1.0, 1.0]}
     shut = {"attn": [0.0099], "dense": [0.0], "ratio": [0.0], "grad": [1e-3]}
-    assert script.alarm(shut, 999) == "" and script.alarm(shut, 1000).startswith("collapse")
-    assert script.alarm(shut | {"dense": [0.01]}, 10 ** 6) == ""             # one that is open will do
-    assert script.alarm(quiet, 0) == script.alarm(quiet, 5000) == ""
+    assert report.alarm(shut, 999) == "" and report.alarm(shut, 1000).startswith("collapse")
+    assert report.alarm(shut | {"dense": [0.01]}, 10 ** 6) == ""             # one that is open will do
+    assert report.alarm(quiet, 0) == report.alarm(quiet, 5000) == ""
     for name, edge, above in (("attn", 0.9, 0.9001), ("dense", 0.9, 0.9001), ("ratio", 1.0, 1.001)):
         for step in (0, 5000):
-            assert script.alarm(quiet | {name: [0.1, edge]}, step) == ""
-            assert script.alarm(quiet | {name: [above, 0.1]}, step).startswith("over-activation")
-    assert all("--" in script.alarm(*given) for given in ((shut, 1000), (quiet | {"attn": [1.0]}, 1)))
+            assert report.alarm(quiet | {name: [0.1, edge]}, step) == ""
+            assert report.alarm(quiet | {name: [above, 0.1]}, step).startswith("over-activation")
+    assert all("--" in report.alarm(*given) for given in ((shut, 1000), (quiet | {"attn": [1.0]}, 1)))
 
 
 # ----------------------------------------------------------------------------------------------------- the toy's scenes

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import train_adapter as script
 from data.scenes import demo, prepare, report
-from data.scenes.diffusers_folder import weights_sha256
+from data.scenes.diffusers_folder import part_sha256
 from data.scenes.metrics import COLUMNS, iou, labels_of, score, tight_box
 from runs import read_file, write_file
 
@@ -72,7 +72,7 @@ def write_latents(folder, n=12, slots=4, width=24, pooled=0):
     (folder / "meta.json").write_text(json.dumps({
         "format": 1, "kind": "latents", "name": "made", "splits": ["train", "val", "test"], "slots": slots,
         "size": [18, 18], "scaling_factor": 0.2, "caption_tokens": 12, "base": {
-            "vae": weights_sha256(SD1, "vae"), "text_encoder": weights_sha256(SD1, "text_encoder")}}))
+            "vae": part_sha256(SD1, "vae"), "text_encoder": part_sha256(SD1, "text_encoder")}}))
 
 def loaded(out, run):
     """-> (model, its data, its config)"""
@@ -179,10 +179,10 @@ HEALTHY = {"attn": [0.3, 0.005], "dense": [0.4, 0.2], "ratio": [0.2, 0.9], "grad
 
 def test_alarms_fire_and_healthy_gates_are_silent():
     shut = HEALTHY | {"attn": [0.001, 0.002], "dense": [0.0, 0.009]}
-    assert script.alarm(HEALTHY, 20_000) == script.alarm(shut, 999) == ""
-    assert script.alarm(shut, 1000).startswith("collapse")
+    assert report.alarm(HEALTHY, 20_000) == report.alarm(shut, 999) == ""
+    assert report.alarm(shut, 1000).startswith("collapse")
     for wide in HEALTHY | {"dense": [0.1, 0.95]}, HEALTHY | {"ratio": [1.2, 0.1]}:
-        assert script.alarm(wide, 10).startswith("over-activation")
+        assert report.alarm(wide, 10).startswith("over-activation")
 
 def test_gates_of_opposite_signs_do_not_cancel(out):
     base = script.ToyBase(16, 2, 8, gated=True)
@@ -221,10 +221,11 @@ def test_the_log_of_gates_and_their_curves(tmp_path):
     lines, gates = [], HEALTHY | {"attn": [0.95, 0.005]}
     rows = [{"step": step, "split": "val", "gates": gates, "gap_800": None if step else 0.1} for step in (0, 5)]
     run = SimpleNamespace(folder=tmp_path, main=True, log=lines.append, rows=[{"step": 1, "split": "train"}, *rows])
-    report.tell_gates(run, gates, "collapse: so")
+    report.tell_gates(run, gates, 5)
     assert lines[0].split() == ["attn", "0.950", "0.005"] and "below .01: 25%, above .9: 25%" in lines[-2]
-    assert lines[-1] == "warning: collapse: so" and Image.open(tmp_path / "samples/gates.png").size == (800, 900)
-    report.tell_gates(run, gates, "")
+    assert lines[-1].startswith("warning: over-activation: |tanh| up to 0.95")
+    assert Image.open(tmp_path / "samples/gates.png").size == (800, 900)
+    report.tell_gates(run, HEALTHY, 5)
     assert "warning" not in lines[-1]
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -357,6 +358,24 @@ def test_the_table_of_a_diffusers_base(out, verb):
     assert all(one["attn"] == pytest.approx(np.tanh(1.5)) for one in found["layers"])
     assert (out / "sd1/samples/final.png").exists()
 
+def test_any_checkpoint_can_be_tested(out, verb, refused):
+    steps = sorted(int(path.stem[5:]) for path in (out / "sd1").glob("step-*.safetensors"))
+    verb("eval", "--run_name", "sd1", "--out_dir", out, "--step", steps[-1])
+    found = read(out / f"sd1/eval-val-{steps[-1]}.json")
+    tensors = read_file(out / f"sd1/step-{steps[-1]:08d}.safetensors")[0]
+    gates = [abs(float(x.tanh())) for name, x in tensors.items() if name.endswith("alpha_attn") and name[:4] == "mode"]
+    assert found["step"] == steps[-1] and sorted(one["attn"] for one in found["layers"]) == pytest.approx(sorted(gates))
+    assert "step-00009999" in refused("eval", "--run_name", "sd1", "--out_dir", out, "--step", 9999)
+
+def test_a_run_that_never_moved_is_told_of_though_its_first_state_is_the_best(out, tmp_path):
+    model, data, config = loaded(out, "toy")
+    shutil.copy(out / "toy/best.safetensors", tmp_path)
+    for fuser in model.fusers:
+        fuser.alpha_attn.data.zero_(), fuser.alpha_dense.data.zero_()
+    assert report.table(script, model, data, config, tmp_path, log=lambda text: None)["warnings"] == []
+    (tmp_path / "step-00001000.safetensors").touch()
+    assert "collapse" in report.table(script, model, data, config, tmp_path, log=lambda text: None)["warnings"][0]
+
 def test_scores_may_be_given(out, tmp_path):
     model, data, config = loaded(out, "toy-base")
     shutil.copy(out / "toy-base/best.safetensors", tmp_path)
@@ -400,12 +419,12 @@ def test_samples_of_a_toy(out, verb, tmp_path):
     path = write(tmp_path, [LAYOUT, LAYOUT | {"caption": ""}])
     verb("sample", "--run_name", "toy", "--out_dir", out, "--layout", path, "--gate_scale", "0,1")
     folder = out / "toy/samples"
-    assert {x.name for x in folder.glob("layout*")} == {"layout.png", *(
-        f"layout-{i}-{name}.png" for i in (1, 2) for name in ("base", "scale-0", "scale-1"))}
-    assert pixels(folder / "layout.png").shape == (2 * 100 + 14, 3 * 100, 3)
-    base, shut, opened = (pixels(folder / f"layout-1-{name}.png") for name in ("base", "scale-0", "scale-1"))
+    assert {x.name for x in folder.glob("layout*")} == {"layout-layout.png", *(
+        f"layout-layout-{i}-{name}.png" for i in (1, 2) for name in ("base", "scale-0", "scale-1"))}
+    assert pixels(folder / "layout-layout.png").shape == (2 * 100 + 14, 3 * 100, 3)
+    base, shut, opened = (pixels(folder / f"layout-layout-1-{name}.png") for name in ("base", "scale-0", "scale-1"))
     assert base.shape == (32, 32, 3) and (base == shut).all() and (base != opened).any()
-    assert (pixels(folder / "layout-2-base.png") != base).any()              # without its caption
+    assert (pixels(folder / "layout-layout-2-base.png") != base).any()              # without its caption
 
 def test_seeds_units_and_out(out, verb, tmp_path):
     units = {"unit": 1, "thousand": 1000, "pixels": 64}
@@ -487,7 +506,8 @@ def test_samples_of_a_diffusers_base(out, verb, refused, tmp_path):
     path = write(tmp_path, [PHOTO, PHOTO | {"caption": "the dog " * 20}])
     said = verb("sample", "--run_name", "sd1", "--out_dir", out, "--layout", path, "--gate_scale", "0,1")
     assert said.count("is cut to 12 tokens") == 1 and "layout 2, caption" in said
-    base, shut, opened = (pixels(out / f"sd1/samples/layout-1-{name}.png") for name in ("base", "scale-0", "scale-1"))
+    base, shut, opened = (pixels(out / f"sd1/samples/layout-layout-1-{name}.png")
+                          for name in ("base", "scale-0", "scale-1"))
     assert base.shape == (18, 18, 3) and (base == shut).all() and (base != opened).any()
     many = write(tmp_path, PHOTO | {"objects": PHOTO["objects"] * 5})
     assert "5 objects, but the run has 4 slots" in refused(
@@ -520,7 +540,7 @@ def test_a_base_without_its_parts(out, verb, refused, tmp_path):
     save_file({"context": torch.randn(2, 12, 24), "phrases": torch.randn(2, 24)}, given)
     write(tmp_path, json.dumps(["the red cat", "cat"]), "texts.json")
     verb(*command, "mute", "--embeddings", given)
-    assert (out / "mute/samples/layout-1-scale-1.png").exists()
+    assert (out / "mute/samples/layout-layout-1-scale-1.png").exists()
     write(tmp_path, PHOTO | {"caption": "the green cat"})
     error = refused(*command, "mute", "--embeddings", given)
     assert "layout 1, caption" in error and "lacks 'the green cat'" in error
@@ -533,10 +553,11 @@ def test_a_base_without_its_parts(out, verb, refused, tmp_path):
 def test_texts_of_another_encoder_than_the_datas_are_refused(out, refused, tmp_path):
     shutil.copytree(out / "latents_data", tmp_path / "other")
     meta = json.loads((tmp_path / "other/meta.json").read_text())
-    meta["base"]["text_encoder"] = "of a file"
-    write(tmp_path / "other", meta, "meta.json")
-    assert "has its texts from elsewhere" in refused("sample", "--run_name", "sd1", "--out_dir", out, "--layout", write(
-        tmp_path, PHOTO), "--data_dir", tmp_path / "other")
+    for embeddings, why in (True, "has its texts from elsewhere"), (False, "prepared with another text_encoder"):
+        meta["base"] |= {"text_encoder": "of a file", "embeddings": embeddings}
+        write(tmp_path / "other", meta, "meta.json")
+        assert why in refused("sample", "--run_name", "sd1", "--out_dir", out, "--layout", write(tmp_path, PHOTO),
+                              "--data_dir", tmp_path / "other")
 
 def test_samples_of_an_sdxl_shaped_base_are_of_embeddings_with_pooled_text(out, verb, refused, tmp_path):
     base = tmp_path / "kolors"
@@ -555,9 +576,9 @@ def test_samples_of_an_sdxl_shaped_base_are_of_embeddings_with_pooled_text(out, 
     for other in (0, 1):                            # the pooled text counts
         save_file(tensors | {"pooled": tensors["pooled"] + other}, given)
         verb(*command, "--embeddings", given)
-        made.append(pixels(out / "kolors/samples/layout-1-base.png"))
-        assert (made[-1] == pixels(out / "kolors/samples/layout-1-scale-0.png")).all()
-        assert (made[-1] != pixels(out / "kolors/samples/layout-1-scale-1.png")).any()
+        made.append(pixels(out / "kolors/samples/layout-layout-1-base.png"))
+        assert (made[-1] == pixels(out / "kolors/samples/layout-layout-1-scale-0.png")).all()
+        assert (made[-1] != pixels(out / "kolors/samples/layout-layout-1-scale-1.png")).any()
     assert (made[0] != made[1]).any()
     for part in "text_encoder", "tokenizer":        # one text encoder makes no pooled text of SDXL
         shutil.copytree(SD1 / part, base / part)

@@ -2,6 +2,7 @@
 are what VAE and text encoder say."""
 import gzip
 import hashlib
+import io
 import json
 import random
 import re
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data.scenes import demo, prepare
+from data.scenes import demo, pictures, prepare
+from data.scenes.diffusers_folder import part_sha256
 from data.scenes.encoders import load_text_encoder, load_vae
 from data.scenes.pictures import Refused, fit, move, open_picture, read_box
 from data.scenes.tokens import load_tokenizer
@@ -68,10 +70,11 @@ def write_rows(tmp_path, rows):
     return path
 
 
-def build(tmp_path, rows, *flags, name="set", base=BASE, boxes="unit"):
+def build(tmp_path, rows, *flags, name="set", base=BASE, boxes="unit", force=True):
     path = rows if isinstance(rows, Path) else write_rows(tmp_path, rows)
     return load(prepare.main(["--base", str(base), "--input", str(path), "--boxes", boxes, "--name", name, "--out_dir",
-                              str(tmp_path / "out"), "--workers", "1", "--device", "cpu", *map(str, flags)]))
+                              str(tmp_path / "out"), "--workers", "1", "--device", "cpu", *["--force"] * force,
+                              *map(str, flags)]))
 
 
 def contents(folder):
@@ -241,12 +244,19 @@ def cut_off(path):
         rectangle(64, 64, (9, 9, 20, 20))]), "animated", "2 frames"),
     ("a.jpg", lambda path: saved(path, rectangle(80, 64, (0, 0, 9, 9)), exif=exif(6)), "EXIF orientation turns it", ""),
     ("a.tif", lambda path: saved(path, Image.fromarray(RAMP.astype(np.float32))), "image cannot be read", "mode F"),
-    ("a.tif", lambda path: saved(path, Image.fromarray(RAMP.astype(np.int32) * 9)), "image cannot be read", "mode I")])
+    *(("a.tif", lambda path, k=k: saved(path, Image.fromarray((RAMP * k).astype(np.int32))), "image cannot be read",
+       "mode I") for k in (9, 1, 1 / 257))])
 def test_a_picture_is_refused(tmp_path, name, make, reason, detail):
     make(tmp_path / name)
     with pytest.raises(Refused) as caught:
         open_picture(tmp_path / name, 64)
     assert caught.value.args[0] == reason and detail in caught.value.args[1]
+
+
+def test_a_picture_that_may_be_a_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)             # at once as many again Pillow itself refuses
+    with pytest.raises(Refused, match="DecompressionBombWarning: Image size .4096 pixels"):
+        open_picture(paint(tmp_path / "a.png", 64, 64), 64)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole sets
@@ -283,9 +293,7 @@ def test_the_arrays_are_what_vae_and_text_encoder_say(tmp_path):
     assert (meta["size"], meta["slots"]) == ([18, 18], 4)
     assert (meta["scaling_factor"], meta["caption_tokens"]) == (0.2, 12) and "/" not in json.dumps(meta)
     assert meta["sha256"] == hashlib.sha256((tmp_path / "raw" / "in.jsonl").read_bytes()).hexdigest()
-    weights = hashlib.sha256((BASE / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    assert meta["base"]["vae"] == hashlib.sha256(weights.encode()).hexdigest()
-    assert len(meta["base"]["text_encoder"]) == 64
+    assert meta["base"] == {part: part_sha256(BASE, part) for part in ("vae", "text_encoder")} | {"embeddings": False}
     assert meta["counts"]["notes"] == {"caption cut to 12 tokens": 1} and not result.rejected
     assert result.pictures[1] == {"row": 1, "image_path": "1.png", "caption": "a dog", "objects": [
         {"name": "box", "bbox": [0.25, 0.25, 0.75, 0.75]}]}
@@ -419,6 +427,53 @@ def test_unreadable_pictures_are_counted_never_replaced(tmp_path, capsys):
     assert (result.latents == fresh.latents).all() and "most often" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step", ["to_rgb", "fit"])
+def test_a_picture_that_cannot_be_converted_is_one_picture(tmp_path, monkeypatch, step):
+    calls, whole = iter(range(9)), getattr(pictures, step)
+
+    def failing(*arguments):
+        if next(calls) == 2:
+            raise MemoryError("no room")
+        return whole(*arguments)
+    monkeypatch.setattr(pictures, step, failing)
+    result = build(tmp_path, entries(5))
+    assert [(bad["line"], bad["reason"], bad["detail"]) for bad in result.rejected] == [
+        (3, "image cannot be read", "MemoryError: no room")]
+    assert len(result.latents) == 4
+
+
+def test_an_unknown_key_that_is_no_text_is_counted(tmp_path, capsys):
+    result = build(tmp_path, [*entries(3), entry(3, split="test") | {"\ud800": 1, "id": 2}])
+    assert result.meta["counts"]["notes"] == {r"unknown key '\ud800'": 1, "unknown key 'id'": 1}
+    assert r"unknown key '\ud800' 1" in capsys.readouterr().out
+
+
+def test_a_full_memory_says_batch_size(tmp_path, refuse, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    def load(*arguments):
+        vae = load_vae(*arguments)
+        vae.encode = full
+        return vae
+    monkeypatch.setattr(prepare, "load_vae", load)
+    given = ["--base", BASE, "--input", write_rows(tmp_path, entries(3)), "--boxes", "unit", "--name", "x"]
+    assert "--batch_size 8 is too much" in refuse(*given, "--workers", 1)
+
+
+@pytest.mark.parametrize("name", ["latents", "contexts", "phrases"])
+def test_a_full_disk_ends_in_one_line(tmp_path, refuse, monkeypatch, name):
+    append = prepare.Growing.append
+
+    def full(file, values):
+        if file.file.name.endswith(f"{name}.npy"):
+            raise OSError(28, "No space left on device")
+        append(file, values)
+    monkeypatch.setattr(prepare.Growing, "append", full)
+    given = ["--base", BASE, "--input", write_rows(tmp_path, entries(3)), "--boxes", "unit", "--name", "x"]
+    assert re.search("cannot write .*No space left", refuse(*given, "--workers", 1))
+
+
 def test_latents_that_leave_float16_are_refused(tmp_path, monkeypatch):
     def overflowing(*arguments):
         vae = load_vae(*arguments)
@@ -469,9 +524,9 @@ def coco(tmp_path, rows, **more):
             tmp_path / "raw"]
 
 
-def build_coco(tmp_path, flags, *more, name="coco"):
-    return load(prepare.main(["--base", str(BASE), *map(str, flags), "--name", name, "--out_dir", str(tmp_path / "out"),
-                              "--workers", "1", *map(str, more)]))
+def build_coco(tmp_path, flags, *more):
+    return load(prepare.main(["--base", str(BASE), *map(str, flags), "--name", "coco", "--out_dir",
+                              str(tmp_path / "out"), "--workers", "1", *map(str, more)]))
 
 
 def many(n=24):
@@ -480,15 +535,16 @@ def many(n=24):
             for k in range(n)]
 
 
-def test_coco_and_json_lines_give_the_same(tmp_path):
+def test_coco_and_json_lines_give_the_same(tmp_path, capsys):
     rows = many()
     lines, other = build(tmp_path, rows), build_coco(tmp_path, coco(tmp_path, rows))
     for name in lines.meta["arrays"]:
         one, two = getattr(lines, name), getattr(other, name)
         assert np.array_equal(one, two) if name != "boxes" else np.abs(one - two).max() < 1e-6, name
     assert lines.texts == other.texts and len(set(lines.split)) > 1 and not other.rejected
-    said = build_coco(tmp_path, coco(tmp_path, [row | {"caption": "a red box"} for row in rows]))
-    assert said.texts["captions"] == ["", "a red box"]               # other captions alone build it again
+    with pytest.raises(SystemExit):                 # other captions alone are another set
+        build_coco(tmp_path, coco(tmp_path, [row | {"caption": "a red box"} for row in rows]))
+    assert "24 pictures of instances.json already (what differs: captions)" in capsys.readouterr().err
 
 
 def test_what_coco_leaves_out(tmp_path):
@@ -499,6 +555,7 @@ def test_what_coco_leaves_out(tmp_path):
 
     def silent(content):
         del content["annotations"][8:10]
+        content["annotations"][3]["caption"], content["annotations"][5]["caption"] = " ", None
     write_rows(tmp_path, rows := many(8))
     result = build_coco(tmp_path, coco(tmp_path, rows, instances=crowd, captions=silent))
     # rows have 1, 2, 3, 1, 2, 3, 1, 2 boxes
@@ -506,6 +563,7 @@ def test_what_coco_leaves_out(tmp_path):
     assert [(bad["image"], bad["reason"]) for bad in result.rejected] == [
         (96, "no caption"), (98, "empty phrase"), (100, "no objects")]
     assert sorted(np.bincount(np.nonzero(result.phrase >= 0)[0]).tolist()) == sorted([1, 2, 1, 3, 1, 2])
+    assert [row["caption"] for row in result.pictures] == ["another"] * 2 + [f"a cat {k % 3}" for k in (3, 5, 6, 7)]
 
 
 @pytest.mark.parametrize("change, word", [
@@ -517,7 +575,12 @@ def test_what_coco_leaves_out(tmp_path):
      "lacks one of id, image_id"),
     ({"captions": lambda content: content["annotations"].append({"id": 1, "image_id": 1})}, "captions.json: {"),
     ({"instances": lambda content: content["images"].append(content["images"][0])},
-     "the image id 100 is no whole number, or there twice")])
+     "the image id 100 is there twice"),
+    *(({"instances": lambda content, part=part, key=key, odd=odd: content[part][0].update({key: odd})},
+       f"instances.json: the {key} of {{") for odd in ([1], {}, "7", None, 7.0) for part, key in (
+           ("images", "id"), ("annotations", "image_id"), ("annotations", "category_id"), ("categories", "id"))),
+    *(({"captions": lambda content, key=key, odd=odd: content["annotations"][0].update({key: odd})},
+       f"captions.json: the {key} of {{") for odd in ([1], {}, "7", None) for key in ("id", "image_id"))])
 def test_wrong_files_of_coco(tmp_path, refuse, change, word):
     (tmp_path / "raw").mkdir()
     assert word in refuse("--base", BASE, *coco(tmp_path, many(2), **change), "--name", "x")
@@ -533,6 +596,20 @@ def test_splits_by_name_else_by_hash_of_the_picture():
     assert moved == 0 and (np.bincount(split) > 10).all()
     named = [row._replace(split=name) for row, name in zip(rows, ["train", "val", "test"])]
     assert prepare.assign_splits(named)[0].tolist() == [0, 1, 2]
+
+
+def test_a_picture_is_in_one_split_however_its_path_is_spelt():
+    spelt = [[f"{k}.png", f"./{k}.png", f"a/..//{k}.png"] for k in range(120)]
+    rows = [prepare.read_row(0, entry(0, f"caption {way}") | {"image_path": paths[way]})
+            for way in range(3) for paths in spelt]
+    split = prepare.assign_splits(rows)[0].reshape(3, 120)
+    assert (split == split[0]).all() and len(set(split[0])) == 3
+    for said in ("train", "val", "test"):           # the split of one row is that of its picture's others
+        named = [row._replace(split=said) if 120 <= i < 150 else row for i, row in enumerate(rows)]
+        again = prepare.assign_splits(named)[0].reshape(3, 120)
+        assert (again[:, :30] == prepare.SPLITS.index(said)).all() and (again[:, 30:] == split[:, 30:]).all()
+    kept, rejected = prepare.collect_rows([rows[0], rows[120], rows[0]._replace(number=1, image_path=spelt[0][1])])
+    assert len(kept) == 2 and rejected[0].reason == "duplicate"
 
 
 def test_an_empty_val_is_cut_from_train_by_whole_pictures(tmp_path, capsys):
@@ -552,7 +629,9 @@ def test_limit_is_a_seeded_sample_in_the_order_of_the_source(tmp_path):
     asked = [[int(row["image_path"][:-4]) for row in run.pictures] for run in runs]
     assert asked[0] == asked[1] == sorted(asked[0]) != asked[2] and len(asked[0]) == runs[0].meta["counts"]["read"] == 8
     assert [k - 1 for k in sorted(random.Random(0).sample(range(1, 21), 8))] == asked[0]
-    assert len(build_coco(tmp_path, coco(tmp_path, rows), "--limit", 8).pictures) == 8
+    flags = coco(tmp_path, rows, instances=lambda content: content["annotations"][0].update(iscrowd=1))
+    result = build_coco(tmp_path, flags, "--limit", 8)
+    assert len(result.pictures) == 8 and result.meta["counts"]["notes"] == {"crowd left out, in the whole file": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------- old sets
@@ -561,8 +640,8 @@ def test_any_number_of_workers_and_any_batch_of_pictures_give_the_same_bytes(tmp
     one = contents(build(tmp_path, rows).folder)
     again = contents(build(tmp_path, rows, "--workers", 2, "--force").folder)
     assert one == again and len(one) == 11 and json.loads(one["rejected.jsonl"])["line"] == 21
-    other = build(tmp_path, rows, "--batch_size", 3, "--force")
-    assert np.abs(np.load(other.folder / "latents.npy").astype(float) - load(other.folder).latents).max() < 1e-3
+    other, latents = build(tmp_path, rows, "--batch_size", 3), np.load(io.BytesIO(one["latents.npy"]))
+    assert np.abs(latents.astype(float) - other.latents).max() < 1e-3 and other.latents.std() > 0.05
 
 
 def test_latents_can_be_memory_mapped(tmp_path):
@@ -579,36 +658,44 @@ def test_a_finished_set_is_left_alone_and_a_change_is_noticed(tmp_path, capsys):
     folder, base = tmp_path / "out" / "set", tmp_path / "base"
     shutil.copytree(BASE, base)
 
-    def rebuilt(rows=None, *flags):
+    def asked(rows=None, *flags, force=False):
+        """left, built or, if it is refused, what differs."""
         before = (folder / "split.npy").stat().st_ino if (folder / "split.npy").exists() else None
         capsys.readouterr()
-        build(tmp_path, rows or entries(4), *flags, base=base)
-        same = "already there" in capsys.readouterr().out
-        assert same == ((folder / "split.npy").stat().st_ino == before)
-        return not same
+        try:
+            build(tmp_path, rows or entries(4), *flags, base=base, force=force)
+            result = "left" if "already there" in capsys.readouterr().out else "built"
+        except SystemExit:
+            result = re.search(r"4 pictures of in.jsonl already \(what differs: (.*)\): --", capsys.readouterr().err)[1]
+        assert (result == "built") == ((folder / "split.npy").stat().st_ino != before)
+        return result
 
-    assert rebuilt() and not rebuilt() and rebuilt(None, "--force")
-    assert not rebuilt(None, "--workers", 2, "--batch_size", 2)
-    assert rebuilt(entries(3)) and rebuilt() and rebuilt(None, "--slots", 5) and rebuilt(None, "--aspect", "pad")
-    assert rebuilt(None, "--min_area", 0.01) and rebuilt(None, "--size", 20) and rebuilt()
+    def built_again():
+        return (asked(force=True), asked()) == ("built", "left")
+    assert asked() == "built" and asked() == "left" and built_again()
+    assert asked(None, "--workers", 2, "--batch_size", 2) == "left"
     shutil.copytree(tmp_path / "raw", tmp_path / "there")
-    assert rebuilt(None, "--images", tmp_path / "there") and rebuilt()
-    for part, change in (("vae", {"scaling_factor": 0.3}), ("text_encoder", {"layer_norm_eps": 1e-3})):
+    for flags in (["--slots", 5], ["--aspect", "pad"], ["--min_area", 0.01], ["--size", 20], ["--images",
+                                                                                              tmp_path / "there"]):
+        assert asked(None, *flags) == flags[0][2:]
+    assert asked(entries(3)) == "input" and asked(entries(3), "--slots", 5) == "input, slots" and asked() == "left"
+    for part, word, change in (("vae", "base", {"scaling_factor": 0.3}), ("text_encoder", "texts", {
+            "layer_norm_eps": 1e-3})):
         config = json.loads((base / part / "config.json").read_text())
         (base / part / "config.json").write_text(json.dumps(config | change))
-        assert rebuilt() and not rebuilt()
-    for path in (base / "vae" / "diffusion_pytorch_model.safetensors", base / "text_encoder" / "model.safetensors"):
-        tensors = load_file(path)
-        save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, path)
-        assert rebuilt() and not rebuilt()
+        assert asked() == word and built_again()
+        path, = (base / part).glob("*.safetensors")
+        save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
+        assert asked() == word and built_again()
     replace("tokenizer/tokenizer_config.json", '"model_max_length": 12', '"model_max_length": 9')(base)
-    assert rebuilt() and load(folder).contexts.shape[1] == 9
+    assert asked() == "texts" and built_again() and load(folder).contexts.shape[1] == 9
     for damage in (lambda: (folder / "latents.npy").unlink(), lambda: (folder / "meta.json").write_text("{"),
-                   lambda: (folder / "texts.json").unlink()):
+                   lambda: (folder / "texts.json").unlink(), lambda: replace("meta.json", '"format": 1', '"format": 0')(
+                       folder)):
         damage()
-        assert rebuilt()
-    replace("meta.json", '"format": 1', '"format": 0')(folder)
-    assert rebuilt()
+        assert asked() == "built"
+    (folder / "latents.npy").unlink()               # nothing is lost by another set in its place
+    assert asked(entries(3)) == "built"
 
 
 def test_a_failed_run_leaves_the_old_set_and_no_litter(tmp_path, capsys):
@@ -625,94 +712,6 @@ def test_a_failed_run_leaves_the_old_set_and_no_litter(tmp_path, capsys):
     with pytest.raises(SystemExit):
         build(tmp_path, entries(3), name="mine")
     assert "no data set" in capsys.readouterr().err and not list((tmp_path / "out" / "mine").iterdir())
-
-
-# --------------------------------------------------------------------------------------------------------- embeddings
-def embeddings(path, texts, width=24, **more):
-    tensors = {"context": torch.randn(len(texts), 5, width, generator=torch.Generator().manual_seed(1))} | more
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    path.with_suffix(".json").write_text(json.dumps(texts))
-    return path
-
-
-ALL = ["red box", "a cat 0", "", "a cat 1", "a cat 2"]
-
-
-def numbers(n, width, seed=2):
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
-
-
-def test_embeddings_of_a_file_stand_for_the_text_encoder(tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(BASE, base, ignore=shutil.ignore_patterns("text_encoder", "tokenizer"))
-    pooled, phrases = numbers(5, 24), numbers(5, 24, 3)
-    path = embeddings(tmp_path / "e.safetensors", ALL, pooled=pooled)
-    result = build(tmp_path, entries(4), "--embeddings", path, base=base)
-    context = load_file(path)["context"].half().numpy()
-    assert result.texts["captions"] == ["", "a cat 0", "a cat 1", "a cat 2"]
-    assert np.array_equal(result.contexts, context[[2, 1, 3, 4]]) and result.meta["caption_tokens"] == 5
-    assert np.array_equal(result.phrases, pooled.half().numpy()[[0]]) and not (result.folder / "pooled.npy").exists()
-    assert result.meta["base"]["text_encoder"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    embeddings(path, ALL, pooled=pooled, phrases=phrases)
-    other = build(tmp_path, entries(4), "--embeddings", path, base=base)         # changed, and so built again
-    assert np.array_equal(other.phrases, phrases.half().numpy()[[0]])
-    path.with_suffix(".json").write_text(json.dumps(ALL[::-1]))
-    other = build(tmp_path, entries(4), "--embeddings", path, base=base)
-    assert np.array_equal(other.phrases, phrases.half().numpy()[[4]])
-
-
-@pytest.mark.parametrize("make, word", [
-    (lambda path: embeddings(path, ALL[:2] + ["x"], phrases=numbers(3, 24)),
-     "e.safetensors lacks 3 of 5 texts: '', 'a cat 1', 'a cat 2'"),
-    (lambda path: embeddings(path, ["y"], phrases=numbers(1, 24)),
-     "lacks 5 of 5 texts: '', 'a cat 0', 'a cat 1' and 2 more"),
-    (lambda path: embeddings(path, ALL), "neither a tensor phrases nor pooled"),
-    (lambda path: embeddings(path, ALL, context=None, phrases=numbers(5, 24)), "has no tensor context, only phrases"),
-    (lambda path: embeddings(path, ALL, phrases=numbers(4, 24)),
-     "phrases is [4, 24], not of 2 dimensions, the first of them 5"),
-    (lambda path: embeddings(path, ALL, context=numbers(5, 24), phrases=numbers(5, 24)),
-     "context is [5, 24], not of 3 dimensions"),
-    (lambda path: embeddings(path, ALL, 23, phrases=numbers(5, 24)),
-     "e.safetensors has context of width 23, the UNet takes 24"),
-    (lambda path: embeddings(path, ALL, phrases=numbers(5, 25)), "has phrases of width 25, the UNet takes 24"),
-    (lambda path: embeddings(path, ALL[:4] + ["a cat 1 "], phrases=numbers(5, 24)), "e.json: 1 texts are there twice"),
-    (lambda path: embeddings(path, ALL, phrases=numbers(5, 24)).with_suffix(".json").write_text("{}"),
-     "e.json holds no list of texts"),
-    (lambda path: embeddings(path, ALL, phrases=numbers(5, 24)).with_suffix(".json").unlink(), "e.json cannot be read"),
-    (lambda path: path.write_text("x"), "e.json cannot be read"),
-    (lambda path: embeddings(path, ALL, phrases=numbers(5, 24) * 1e6),
-     "the phrases of 'red box' is not finite in float16")])
-def test_embeddings_that_do_not_fit(tmp_path, refuse, make, word):
-    make(path := tmp_path / "e.safetensors")
-    rows = write_rows(tmp_path, entries(4))
-    assert word in refuse("--base", BASE, "--input", rows, "--boxes", "unit", "--name", "x", "--embeddings", path,
-                          "--workers", 1)
-
-
-def test_a_base_shaped_as_sdxl(tmp_path, refuse):
-    base = tmp_path / "base"
-    shutil.copytree(FIXTURES / "kolors", base)      # encoder_hid_proj takes 28, text_embeds 20, attention sees 24
-    shutil.copytree(BASE / "vae", base / "vae")
-    saved(tmp_path / "raw" / "1.png", rectangle(64, 36, (0, 0, 9, 9)))
-    path = write_rows(tmp_path, entries(4))
-    given = ["--base", base, "--input", path, "--boxes", "unit", "--name", "x", "--workers", 1]
-    assert "takes pooled text" in refuse(*given) and "--embeddings" in refuse(*given)
-    file = embeddings(tmp_path / "e.safetensors", ALL, 28, phrases=numbers(5, 24))
-    assert "has pooled of width none at all, the UNet takes 20" in refuse(*given, "--embeddings", file)
-    embeddings(file, ALL, 28, pooled=numbers(5, 20))
-    assert "has phrases of width 20, the UNet takes 24" in refuse(*given, "--embeddings", file)
-    embeddings(file, ALL, 24, pooled=numbers(5, 20), phrases=numbers(5, 24))
-    assert "has context of width 24, the UNet takes 28" in refuse(*given, "--embeddings", file)
-    embeddings(file, ALL, 28, pooled=numbers(5, 20), phrases=numbers(5, 24, 3))
-    result = build(tmp_path, path, "--embeddings", file, base=base)
-    assert result.contexts.shape == (4, 5, 28) and result.phrases.shape == (1, 24)
-    assert np.array_equal(result.pooled, numbers(5, 20).half().numpy()[[2, 1, 3, 4]])
-    assert result.pooled.dtype == np.float16
-    # of 64 x 36 at 18 / 36, (64 - 36) / 2 / 2 = 7 columns are cut on the left; of 30 x 24 at 18 / 24, 3 * 0.75
-    assert result.time_ids.dtype == np.float32
-    assert result.time_ids[:2].tolist() == [[24, 30, 0, 2, 18, 18], [36, 64, 0, 7, 18, 18]]
-    tall = build(tmp_path, path, "--embeddings", file, "--aspect", "pad", base=base)
-    assert tall.time_ids[1].tolist() == [36, 64, 0, 0, 18, 18]
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -757,18 +756,6 @@ def test_a_base_that_does_not_fit(tmp_path, refuse, part, change, word):
     path = base / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert word in refuse("--base", base, "--input", write_rows(tmp_path, entries(3)), "--boxes", "unit", "--name", "x")
-
-
-def test_a_text_encoder_of_fewer_positions_shortens_the_captions(tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(BASE, base)
-    path = base / "text_encoder" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 5}))
-    path = base / "text_encoder" / "model.safetensors"
-    save_file({name: (tensor[:5] if "position_embedding" in name else tensor).contiguous()
-               for name, tensor in load_file(path).items()}, path)
-    result = build(tmp_path, entries(4), base=base)
-    assert result.contexts.shape[1] == result.meta["caption_tokens"] == 5 and not result.meta["counts"]["notes"]
 
 
 def test_as_a_command(tmp_path):

@@ -376,7 +376,7 @@ def test_calls_that_are_refused():
     plain, sized, gated = (load_unet(FIXTURES / name) for name in ("sd1", "kolors", "gligen"))
     with pytest.raises(ValueError, match="gated layers"):
         run(plain, **LAYOUT)
-    with pytest.raises(ValueError, match="need boxes"):
+    with pytest.raises(ValueError, match="boxes and phrases go together"):
         run(gated, phrases=LAYOUT["phrases"])
     with pytest.raises(ValueError, match="takes no added"):
         run(plain, added={})
@@ -400,7 +400,7 @@ def test_targets_and_their_inverse():
     noisy = models.add_noise(clean, noise, alpha)
     for kind in ("epsilon", "v_prediction", "sample"):
         target = models.target_of(clean, noise, alpha, kind)
-        for found, wanted in zip(models.split(noisy, target, alpha.view(-1, 1, 1, 1), kind), (clean, noise)):
+        for found, wanted in zip(models.clean_and_noise(noisy, target, alpha.view(-1, 1, 1, 1), kind), (clean, noise)):
             assert (found - wanted).abs().max() < CLOSE
 
 

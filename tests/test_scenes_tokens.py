@@ -1,15 +1,20 @@
-"""CLIP's tokenizer: ids that transformers gives too, what is cut and padded, what is refused."""
+"""Texts of scenes. CLIP's tokenizer: ids that transformers gives too, what is cut and padded, what is refused. What a
+text encoder or a file of embeddings says of the texts, and what is wrong with it, before any picture is encoded."""
+import hashlib
 import json
 import re
+import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_scenes import BASE, FIXTURES, build, entries, entry, rectangle, replace, saved, write_rows
 
+from data.scenes import prepare
 from data.scenes.tokens import load_tokenizer
 
-BASE = Path(__file__).parent / "fixtures" / "scenes" / "sd1"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -81,14 +86,6 @@ def test_a_tokenizer_json_alone_and_the_pad_token_of_sd2(tmp_path):
     assert len({plain.fingerprint, other.fingerprint, load_tokenizer(BASE).fingerprint}) == 3
 
 
-def replace(name, old, new):
-    def change(folder):
-        text = (folder / name).read_text(encoding="utf-8")
-        assert old in text
-        (folder / name).write_text(text.replace(old, new), encoding="utf-8")
-    return change
-
-
 @pytest.mark.parametrize("change, word", [
     (lambda folder: (folder / "merges.txt").unlink(), r"merges.txt cannot be read"),
     (lambda folder: (folder / "vocab.json").unlink(), "neither vocab.json and merges.txt nor tokenizer.json"),
@@ -113,3 +110,140 @@ def test_without_the_library_tokenizers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="vocab.json: .* pip install tokenizers"):
         load_tokenizer(BASE)
+
+
+# --------------------------------------------------------------------------------------------------------- embeddings
+def embeddings(path, texts, width=24, **more):
+    tensors = {"context": torch.randn(len(texts), 5, width, generator=torch.Generator().manual_seed(1))} | more
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    path.with_suffix(".json").write_text(json.dumps(texts))
+    return path
+
+
+ALL = ["red box", "a cat 0", "", "a cat 1", "a cat 2"]
+
+
+def numbers(n, width, seed=2):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_embeddings_of_a_file_stand_for_the_text_encoder(tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base, ignore=shutil.ignore_patterns("text_encoder", "tokenizer"))
+    pooled, phrases = numbers(5, 24), numbers(5, 24, 3)
+    path = embeddings(tmp_path / "e.safetensors", ALL, pooled=pooled)
+    result = build(tmp_path, entries(4), "--embeddings", path, base=base)
+    context = load_file(path)["context"].half().numpy()
+    assert result.texts["captions"] == ["", "a cat 0", "a cat 1", "a cat 2"]
+    assert np.array_equal(result.contexts, context[[2, 1, 3, 4]]) and result.meta["caption_tokens"] == 5
+    assert np.array_equal(result.phrases, pooled.half().numpy()[[0]]) and not (result.folder / "pooled.npy").exists()
+    assert result.meta["base"]["text_encoder"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    embeddings(path, ALL, pooled=pooled, phrases=phrases)
+    with pytest.raises(SystemExit):
+        build(tmp_path, entries(4), "--embeddings", path, base=base, force=False)
+    assert "(what differs: texts)" in capsys.readouterr().err
+    other = build(tmp_path, entries(4), "--embeddings", path, base=base)
+    assert np.array_equal(other.phrases, phrases.half().numpy()[[0]])
+    path.with_suffix(".json").write_text(json.dumps(ALL[::-1]))
+    other = build(tmp_path, entries(4), "--embeddings", path, base=base)
+    assert np.array_equal(other.phrases, phrases.half().numpy()[[4]]) and other.meta["base"]["embeddings"] is True
+    path.with_suffix(".json").write_text(json.dumps(ALL))
+    values = load_file(path)["context"]
+    values[0] = torch.nan                           # what a phrase would be as a caption nobody asks
+    embeddings(path, ALL, context=values, phrases=phrases)
+    assert np.isfinite(build(tmp_path, entries(4), "--embeddings", path, base=base).contexts).all()
+
+
+@pytest.mark.parametrize("make, word", [
+    (lambda path: embeddings(path, ALL[:2] + ["x"], phrases=numbers(3, 24)),
+     "e.safetensors lacks 3 of 5 texts: '', 'a cat 1', 'a cat 2'"),
+    (lambda path: embeddings(path, ["y"], phrases=numbers(1, 24)),
+     "lacks 5 of 5 texts: '', 'a cat 0', 'a cat 1' and 2 more"),
+    (lambda path: embeddings(path, ALL), "neither a tensor phrases nor pooled"),
+    (lambda path: embeddings(path, ALL, context=None, phrases=numbers(5, 24)), "has no tensor context, only phrases"),
+    (lambda path: embeddings(path, ALL, phrases=numbers(4, 24)),
+     "phrases is [4, 24], not of 2 dimensions, the first of them 5"),
+    (lambda path: embeddings(path, ALL, context=numbers(5, 24), phrases=numbers(5, 24)),
+     "context is [5, 24], not of 3 dimensions"),
+    (lambda path: embeddings(path, ALL, 23, phrases=numbers(5, 24)),
+     "e.safetensors has context of width 23, the UNet takes 24"),
+    (lambda path: embeddings(path, ALL, phrases=numbers(5, 25)), "has phrases of width 25, the UNet takes 24"),
+    (lambda path: embeddings(path, ALL[:4] + ["a cat 1 "], phrases=numbers(5, 24)), "e.json: 1 texts are there twice"),
+    (lambda path: embeddings(path, ALL, phrases=numbers(5, 24)).with_suffix(".json").write_text("{}"),
+     "e.json holds no list of texts"),
+    (lambda path: embeddings(path, ALL, phrases=numbers(5, 24)).with_suffix(".json").unlink(), "e.json cannot be read"),
+    (lambda path: path.write_text("x"), "e.json cannot be read"),
+    (lambda path: embeddings(path, ALL, phrases=numbers(5, 24) * 1e6),
+     "the phrases of 'red box' is not finite in float16"),
+    (lambda path: embeddings(path, ALL, context=torch.eye(5)[..., None].expand(5, 5, 24) / (torch.arange(5) != 3)[
+        :, None, None], phrases=numbers(5, 24)), "the context of 'a cat 1' is not finite in float16")])
+def test_embeddings_that_do_not_fit(tmp_path, refuse, monkeypatch, make, word):
+    monkeypatch.setattr(prepare, "encode_pictures", None)            # all of it is said before the pictures
+    make(path := tmp_path / "e.safetensors")
+    rows = write_rows(tmp_path, entries(4))
+    assert word in refuse("--base", BASE, "--input", rows, "--boxes", "unit", "--name", "x", "--embeddings", path,
+                          "--workers", 1)
+
+
+def test_a_damaged_text_encoder_is_told_before_the_pictures(tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr(prepare, "encode_pictures", None)
+    shutil.copytree(BASE, base := tmp_path / "base")
+    tensors = load_file(path := base / "text_encoder" / "model.safetensors")
+    name = sorted(tensors)[-1]
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
+    rows = write_rows(tmp_path, entries(3))
+    error = refuse("--base", base, "--input", rows, "--boxes", "unit", "--name", "x", "--workers", 1)
+    assert "1 missing: " in error and str(path.parent) in error
+
+
+def test_a_base_shaped_as_sdxl(tmp_path, refuse):
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / "kolors", base)      # encoder_hid_proj takes 28, text_embeds 20, attention sees 24
+    shutil.copytree(BASE / "vae", base / "vae")
+    saved(tmp_path / "raw" / "1.png", rectangle(64, 36, (0, 0, 9, 9)))
+    path = write_rows(tmp_path, entries(4))
+    given = ["--base", base, "--input", path, "--boxes", "unit", "--name", "x", "--workers", 1]
+    assert "takes pooled text" in refuse(*given) and "--embeddings" in refuse(*given)
+    file = embeddings(tmp_path / "e.safetensors", ALL, 28, phrases=numbers(5, 24))
+    assert "has pooled of width none at all, the UNet takes 20" in refuse(*given, "--embeddings", file)
+    embeddings(file, ALL, 28, pooled=numbers(5, 20))
+    assert "has phrases of width 20, the UNet takes 24" in refuse(*given, "--embeddings", file)
+    embeddings(file, ALL, 24, pooled=numbers(5, 20), phrases=numbers(5, 24))
+    assert "has context of width 24, the UNet takes 28" in refuse(*given, "--embeddings", file)
+    embeddings(file, ALL, 28, pooled=numbers(5, 20) * 1e6, phrases=numbers(5, 24))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "encode_pictures", None)
+        assert "the pooled of '' is not finite in float16" in refuse(*given, "--embeddings", file)
+    embeddings(file, ALL, 28, pooled=numbers(5, 20), phrases=numbers(5, 24, 3))
+    result = build(tmp_path, path, "--embeddings", file, base=base)
+    assert result.contexts.shape == (4, 5, 28) and result.phrases.shape == (1, 24)
+    assert np.array_equal(result.pooled, numbers(5, 20).half().numpy()[[2, 1, 3, 4]])
+    assert result.pooled.dtype == np.float16
+    # of 64 x 36 at 18 / 36, (64 - 36) / 2 / 2 = 7 columns are cut on the left; of 30 x 24 at 18 / 24, 3 * 0.75
+    assert result.time_ids.dtype == np.float32
+    assert result.time_ids[:2].tolist() == [[24, 30, 0, 2, 18, 18], [36, 64, 0, 7, 18, 18]]
+    tall = build(tmp_path, path, "--embeddings", file, "--aspect", "pad", base=base)
+    assert tall.time_ids[1].tolist() == [36, 64, 0, 0, 18, 18]
+
+
+def test_blanks_and_accents_of_captions_and_phrases_are_made_plain(tmp_path):
+    spelt = ["a  caf\u00e9\n", " a cafe\u0301", "a\u00a0caf\u00e9"]
+    rows = [entry(k, text, [{"name": text, "bbox": [0.3, 0.25, 0.7, 0.75]}], split="train" if k else "val")
+            for k, text in enumerate(spelt)]
+    for flags in ([], ["--embeddings", embeddings(tmp_path / "e.safetensors", ["", spelt[1]], phrases=numbers(2, 24))]):
+        result = build(tmp_path, rows, *flags)
+        assert result.texts == {"captions": ["", "a caf\u00e9"], "phrases": ["a caf\u00e9"]}
+        assert result.caption.tolist() == [1, 1, 1] and result.phrase[:, 0].tolist() == [0, 0, 0]
+    assert len(build(tmp_path, [rows[0], rows[1] | {"image_path": "./0.png"}, rows[2]]).latents) == 2
+
+
+def test_a_text_encoder_of_fewer_positions_shortens_the_captions(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 5}))
+    path = base / "text_encoder" / "model.safetensors"
+    save_file({name: (tensor[:5] if "position_embedding" in name else tensor).contiguous()
+               for name, tensor in load_file(path).items()}, path)
+    result = build(tmp_path, entries(4), base=base)
+    assert result.contexts.shape[1] == result.meta["caption_tokens"] == 5 and not result.meta["counts"]["notes"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.files import file_sha256
@@ -274,12 +275,11 @@ def _stems(part):
 def _open(folder, part):
     return open_weights(folder, _stems(part), VARIANTS)
 
-def weights_sha256(folder, part):
-    """The checksum of a part's weights as they lie on the disk, of all its files in order."""
-    total = hashlib.sha256()
-    for path in weight_files(find(folder, part), _stems(part), VARIANTS)[0]:
-        total.update(file_sha256(path).encode())
-    return total.hexdigest()
+def part_sha256(folder, part):
+    """The checksum of what makes a part's numbers: its files of weights as they lie there, its shape."""
+    folder, raw = read_config(folder, part)
+    sums = [file_sha256(path) for path in weight_files(folder, _stems(part), VARIANTS)[0]]
+    return hashlib.sha256(repr((sums, SHAPES[part](raw))).encode()).hexdigest()
 
 def _own_name(name, part):
     """The name that the module has; older versions of the libraries wrote some differently."""
@@ -351,8 +351,16 @@ def _writable(path, tensors):
     return {                                        # clones: a shared layer is one tensor here and several in the file
         name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in tensors.items()}
 
-def write_adapter(path, tensors):
+def adapter_flags(path):
+    """-> dict of the flags that write_adapter was told, str; {} of a file or folder of another's."""
+    if not Path(path).is_file():
+        return {}
+    with whole(path, lambda path: safe_open(path, "pt")) as file:
+        return {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
+
+def write_adapter(path, tensors, **flags):
     """The adapter's tensors out of a UNet's state_dict, float32, under diffusers' names, in one safetensors file.
+    flags: what else it was trained with; whoever loads it must set the same, and diffusers knows none of them.
 
     In diffusers: UNet2DConditionModel.from_config(dict(base.config, attention_type="gated")), then load_state_dict of
     the base and of this file. ValueError if a tensor is not finite or none is an adapter's; OSError."""
@@ -361,7 +369,8 @@ def write_adapter(path, tensors):
         raise ValueError(f"{path} is not written: this UNet has no GLIGEN layers")
     tensors = _writable(path, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    about = {"format": "pt"} | {name: str(value) for name, value in flags.items()}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, about))
 
 def write_unet(folder, raw, tensors):
     """config.json and weights, base and adapter, float32: a unet folder that diffusers opens as a GLIGEN model."""

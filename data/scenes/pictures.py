@@ -1,11 +1,16 @@
-"""One row of a data set of scenes: its picture is read, scaled and cut, and its boxes move along.
+"""One row of a data set of scenes: what it says is checked, its picture read, scaled and cut, its boxes move along.
 
 What nobody can say how to read (which frame, which way up, which value is white) is refused, not guessed."""
+import unicodedata
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 
 SMALLEST = 64                                       # pixels: a smaller picture is no training data, unless --size is
+SPLITS = ["train", "val", "test"]
+SYNONYMS = {"training": "train", "validation": "val", "valid": "val"}
+KEYS = {"image_path", "caption", "objects", "split"}
 UNITS = {"unit": 1, "thousand": 1000, "pixels": None}            # what a box's edges are counted in; None: the picture
 
 
@@ -42,13 +47,58 @@ class Refused(ValueError):
     """reason, detail: why a picture is left out."""
 
 
+def plain_text(text):
+    """A caption or phrase as it is stored and looked up: runs of blanks are one space, letters are composed (NFC)."""
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def read_object(which, entry, number):
+    """-> (which, phrase, four numbers) or Bad."""
+    entry = entry if isinstance(entry, dict) else {"bbox": entry}
+    phrase, box = entry.get("name", entry.get("phrase")), entry.get("bbox")
+    if not isinstance(phrase, str) or not phrase.strip():
+        return Bad(number, which, "empty phrase", repr(phrase), repr(box))
+    # so many digits that float() fails are no place in a picture either; a NaN is not below anything
+    if not isinstance(box, list) or len(box) != 4 or not all(type(x) in (int, float) and -1e9 < x < 1e9 for x in box):
+        return Bad(number, which, "box is not four finite numbers", phrase, repr(box))
+    return which, plain_text(phrase), box
+
+
+def read_row(number, row):
+    """dict as in a line of --input -> Row or Bad."""
+    def bad(reason, detail=""):
+        return Bad(number, -1, reason, str(row.get("image_path", "")) if isinstance(row, dict) else "", detail)
+    if not isinstance(row, dict):
+        return bad("not a JSON object", f"a {type(row).__name__}")
+    path, caption, objects, split = (row.get(key) for key in ("image_path", "caption", "objects", "split"))
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        return bad("no image_path", repr(path))
+    if not isinstance(caption, str) or not caption.strip():
+        return bad("no caption", repr(caption))
+    if not isinstance(objects, list):
+        return bad("objects is not a list", repr(objects))
+    name = split.strip().lower() if isinstance(split, str) else split
+    name = "" if split is None else SYNONYMS.get(name, name) if isinstance(name, str) else name
+    if name not in ("", *SPLITS) or split == "":
+        return bad("unknown split", repr(split))
+    found = [read_object(which, entry, number) for which, entry in enumerate(objects)]
+    rejected, kept = ([item for item in found if isinstance(item, Bad) is wrong] for wrong in (True, False))
+    try:
+        "".join([path, caption, *(phrase for _, phrase, _ in kept)]).encode()
+    except UnicodeEncodeError:                      # "\ud800" is JSON, but no text
+        return bad("half of a surrogate pair")
+    notes = [f"unknown key {key[:40]!r}" for key in sorted(set(row) - KEYS)]         # half a pair cannot be printed
+    return Row(number, path, plain_text(caption), kept, name, rejected, notes)
+
+
 def open_picture(path, least):
     """-> (RGB picture, list of notes). Refused: what cannot be read, or what nobody can say how to read."""
     from PIL import Image
     try:
         if not path.is_file():
             raise Refused("image missing", path.name)
-        picture = Image.open(path)
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):       # refused, too
+            picture = Image.open(path)
         frames, turned = getattr(picture, "n_frames", 1), picture.getexif().get(0x0112, 1) not in (0, 1)
         if picture.format != "MPO" and frames > 1:  # a phone's MPO has a preview or a second eye's view behind
             raise Refused("animated", f"{frames} frames: which of them the boxes fit, nobody says")
@@ -58,23 +108,23 @@ def open_picture(path, least):
         if min(picture.size) < least:
             raise Refused(f"smaller than {least} pixels", "{} x {}".format(*picture.size))
         picture.load()
+        with picture:
+            return to_rgb(picture)
     except Refused:
         raise
     except Exception as error:                      # each format of Pillow raises its own types on damaged files
         raise Refused("image cannot be read", f"{type(error).__name__}: {error}") from None
-    with picture:
-        return to_rgb(picture)
 
 
 def to_rgb(picture):
     """A loaded picture of any mode -> (RGB picture, list of notes)."""
     from PIL import Image
     mode, notes = picture.mode, []
-    if mode.startswith("I") or mode == "F":         # convert() would clip at 255
-        values = np.asarray(picture)
-        if mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise Refused("image cannot be read", f"mode {mode}: nobody says which value is white")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB"), ["16-bit scaled to 8"]
+    if mode in ("I", "F"):                          # 32 bits a pixel
+        raise Refused("image cannot be read", f"mode {mode}: nobody says which value is white")
+    if mode.startswith("I;16"):                     # convert() would clip at 255
+        values = (np.asarray(picture) / 257).round().astype(np.uint8)
+        return Image.fromarray(values).convert("RGB"), ["16-bit scaled to 8"]
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         if picture.getextrema()[3][0] < 255:
@@ -144,9 +194,11 @@ def place(row, root, options):
         return Bad(row.number, box, reason, text, detail)
     try:
         picture, notes = open_picture(root / row.image_path, min(SMALLEST, options.size))
+        (width, height), (pixels, view) = picture.size, fit(picture, options.size, options.aspect)
     except Refused as error:
         return [bad(*error.args)]
-    (width, height), (pixels, view) = picture.size, fit(picture, options.size, options.aspect)
+    except Exception as error:                      # no memory to scale it, say; the others go on
+        return [bad("image cannot be read", f"{type(error).__name__}: {error}")]
     kept, dropped = [], []
     for which, phrase, numbers in row.objects:
         try:

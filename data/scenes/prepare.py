@@ -29,62 +29,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import DTYPES, fail, launch  # noqa: E402
 from data.files import file_sha256, in_order, or_fail, raw_lines, whole_folder, with_progress  # noqa: E402
 from data.scenes import demo  # noqa: E402
-from data.scenes.diffusers_folder import read_config, text_shape, unet_shape, vae_shape, weights_sha256  # noqa: E402
+from data.scenes.diffusers_folder import read_config, text_shape, unet_shape, vae_shape, part_sha256  # noqa: E402
 from data.scenes.encoders import load_text_encoder, load_vae  # noqa: E402
-from data.scenes.pictures import UNITS, Bad, Row, place  # noqa: E402
+from data.scenes.pictures import SPLITS, UNITS, Bad, Row, place, plain_text, read_row  # noqa: E402
 from data.scenes.tokens import load_tokenizer  # noqa: E402
 from data.weights import listed, open_safetensors, whole  # noqa: E402
 
 # n rows, N slots for boxes, S pixels a side, U captions, V phrases, L tokens, D width of the text, P of a phrase
 FORMAT = 1                                          # raised when other arrays come out, to build old sets anew
-SPLITS = ["train", "val", "test"]
-SYNONYMS = {"training": "train", "validation": "val", "valid": "val"}
 MAX_LINE = 1_000_000                                # bytes
-KEYS = {"image_path", "caption", "objects", "split"}
 SIZES = 6                                           # numbers in a row of time_ids
 HELD_OUT = demo.SPLITS["val"] + demo.SPLITS["test"]              # of the toy
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
-def read_object(which, entry, number):
-    """-> (which, phrase, four numbers) or Bad."""
-    entry = entry if isinstance(entry, dict) else {"bbox": entry}
-    phrase, box = entry.get("name", entry.get("phrase")), entry.get("bbox")
-    if not isinstance(phrase, str) or not phrase.strip():
-        return Bad(number, which, "empty phrase", repr(phrase), repr(box))
-    # so many digits that float() fails are no place in a picture either; a NaN is not below anything
-    if not isinstance(box, list) or len(box) != 4 or not all(type(x) in (int, float) and -1e9 < x < 1e9 for x in box):
-        return Bad(number, which, "box is not four finite numbers", phrase, repr(box))
-    return which, phrase.strip(), box
-
-
-def read_row(number, row):
-    """dict as in a line of --input -> Row or Bad."""
-    def bad(reason, detail=""):
-        return Bad(number, -1, reason, str(row.get("image_path", "")) if isinstance(row, dict) else "", detail)
-    if not isinstance(row, dict):
-        return bad("not a JSON object", f"a {type(row).__name__}")
-    path, caption, objects, split = (row.get(key) for key in ("image_path", "caption", "objects", "split"))
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
-        return bad("no image_path", repr(path))
-    if not isinstance(caption, str) or not caption.strip():
-        return bad("no caption", repr(caption))
-    if not isinstance(objects, list):
-        return bad("objects is not a list", repr(objects))
-    name = split.strip().lower() if isinstance(split, str) else split
-    name = "" if split is None else SYNONYMS.get(name, name) if isinstance(name, str) else name
-    if name not in ("", *SPLITS) or split == "":
-        return bad("unknown split", repr(split))
-    found = [read_object(which, entry, number) for which, entry in enumerate(objects)]
-    rejected, kept = ([item for item in found if isinstance(item, Bad) is wrong] for wrong in (True, False))
-    try:
-        "".join([path, caption, *(phrase for _, phrase, _ in kept)]).encode()
-    except UnicodeEncodeError:                      # "\ud800" is JSON, but no text
-        return bad("half of a surrogate pair")
-    notes = [f"unknown key {key[:40]}" for key in sorted(set(row) - KEYS)]
-    return Row(number, path, caption.strip(), kept, name, rejected, notes)
-
-
 def read_lines(path, chosen):
     """Yield Row or Bad for the chosen line numbers of a file; None chooses all."""
     for number, line in raw_lines(path, MAX_LINE):
@@ -108,7 +66,7 @@ def read_lines(path, chosen):
 def read_coco(instances, captions):
     """COCO's two files -> (list of (image id, dict as in a line of --input), Counter of notes). ValueError.
 
-    Crowds are left out; the caption is the one of lowest annotation id."""
+    Crowds are left out; the caption is the one of lowest annotation id that is not blank."""
     def load(path, keys):
         def slim(entry):                            # outlines are most of the file
             entry.pop("segmentation", None)
@@ -120,16 +78,19 @@ def read_coco(instances, captions):
         return [found[key] for key in keys]
 
     def table(entries, path, *keys):
-        if wrong := [entry for entry in entries if not isinstance(entry, dict) or {*keys} - {*entry}]:
-            raise ValueError(f"{path}: {json.dumps(wrong[0])!s:.80} lacks one of {', '.join(keys)}")
+        for entry in entries:
+            if not isinstance(entry, dict) or {*keys} - {*entry}:
+                raise ValueError(f"{path}: {json.dumps(entry)!s:.80} lacks one of {', '.join(keys)}")
+            if odd := [key for key in keys if key.endswith("id") and type(entry[key]) is not int]:
+                raise ValueError(f"{path}: the {odd[0]} of {json.dumps(entry)!s:.80} is no whole number")
         return entries
     images, boxes, categories = load(instances, ("images", "annotations", "categories"))
     said, = load(captions, ("annotations",))
     names = {entry["id"]: entry["name"] for entry in table(categories, instances, "id", "name")}
     rows, notes = {}, Counter()
     for entry in table(images, instances, "id", "file_name"):
-        if type(entry["id"]) is not int or entry["id"] in rows:
-            raise ValueError(f"{instances}: the image id {entry['id']!r:.40} is no whole number, or there twice")
+        if entry["id"] in rows:
+            raise ValueError(f"{instances}: the image id {entry['id']!r:.40} is there twice")
         rows[entry["id"]] = {"image_path": entry["file_name"], "caption": None, "objects": []}
     for entry in table(boxes, instances, "id", "image_id", "category_id", "bbox"):
         if entry.get("iscrowd"):
@@ -139,8 +100,9 @@ def read_coco(instances, captions):
         else:
             rows[entry["image_id"]]["objects"].append({"name": names.get(entry["category_id"]), "bbox": entry["bbox"]})
     for entry in sorted(table(said, captions, "id", "image_id", "caption"), key=lambda entry: entry["id"]):
-        row = rows.get(entry["image_id"], {"caption": ""})
-        row["caption"] = entry["caption"] if row["caption"] is None else row["caption"]
+        row, text = rows.get(entry["image_id"]), entry["caption"]
+        if row and row["caption"] is None and isinstance(text, str) and text.strip():
+            row["caption"] = text
     return list(rows.items()), notes
 
 
@@ -149,7 +111,8 @@ def collect_rows(found):
     rows, rejected, first = [], [], {}
     for row in found:
         if isinstance(row, Row):
-            key = hashlib.sha1(json.dumps([row.image_path, row.caption, row.objects]).encode()).digest()
+            content = [os.path.normpath(row.image_path), row.caption, row.objects]
+            key = hashlib.sha1(json.dumps(content).encode()).digest()
             if first.setdefault(key, row.number) == row.number:
                 rows.append(row)
                 continue
@@ -161,10 +124,12 @@ def collect_rows(found):
 def assign_splits(rows):
     """list of Row -> (uint8 array of indices into SPLITS, how many rows were moved from train to an empty val).
 
-    A picture is in one split, unless the source says otherwise."""
-    shares = [int.from_bytes(hashlib.sha1(row.image_path.encode()).digest()[:8], "big") / 2**64 for row in rows]
-    names = [row.split or ("train" if share < 0.90 else "val" if share < 0.95 else "test")
-             for row, share in zip(rows, shares)]
+    A picture, however its path is spelt, is in one split, unless the source says otherwise."""
+    pictures = [os.path.normpath(row.image_path) for row in rows]
+    said = {path: row.split for path, row in zip(reversed(pictures), reversed(rows)) if row.split}     # the first stays
+    shares = [int.from_bytes(hashlib.sha1(path.encode()).digest()[:8], "big") / 2**64 for path in pictures]
+    names = [row.split or said.get(path) or ("train" if share < 0.90 else "val" if share < 0.95 else "test")
+             for row, path, share in zip(rows, pictures, shares)]
     moved, train = 0, sorted({share for share, name in zip(shares, names) if name == "train"})
     if "val" not in names and len(train) > 1:
         cut = set(train[:max(1, round(0.05 * len(train)))])
@@ -181,7 +146,7 @@ class Clip:
     def __init__(self, base, options):
         self.tokenizer, (folder, raw) = load_tokenizer(base), read_config(base, "text_encoder")
         shape = text_shape(raw, str(folder / "config.json"))
-        self.sha256, self.batch, self.length = weights_sha256(base, "text_encoder"), options.batch_size, min(
+        self.sha256, self.batch, self.length = part_sha256(base, "text_encoder"), options.batch_size, min(
             self.tokenizer.length, shape.positions)
         if self.tokenizer.size > shape.vocab_size:
             raise ValueError(f"{base}: the tokenizer has ids up to {self.tokenizer.size - 1:,}, the text encoder knows "
@@ -190,6 +155,10 @@ class Clip:
         self.fingerprint = f"{self.sha256} {shape} {self.tokenizer.fingerprint}"
         self.load = functools.partial(load_text_encoder, base, DTYPES[options.dtype])
         self.model = self.device = None
+
+    def ready(self, device, wanted):
+        """To be called before the pictures: ends the program if what `wanted`, {kind: list of texts}, needs is bad."""
+        self.device, self.model = device, or_fail(self.load).to(device)
 
     def absent(self, texts):
         return []
@@ -222,14 +191,20 @@ class Stored:
             if len(shape) != dims or shape[0] != len(texts) or 0 in shape:
                 raise ValueError(f"{path}: {name} is {list(shape)}, not of {dims} dimensions, the first of them "
                                  f"{len(texts):,}, as many as {path.with_suffix('.json').name} has texts")
-        self.places = {text.strip(): i for i, text in enumerate(texts)}
+        self.places = {plain_text(text): i for i, text in enumerate(texts)}
         if len(self.places) < len(texts):
-            raise ValueError(f"{path.with_suffix('.json')}: {len(texts) - len(self.places):,} texts are there twice")
+            raise ValueError(f"{path.with_suffix('.json')}: {len(texts) - len(self.places):,} texts are there twice, "
+                             "blanks aside")
         self.sha256, self.batch, self.length = file_sha256(path), options.batch_size, self.tensors["context"][0][1]
         self.fingerprint = f"{self.sha256} {file_sha256(path.with_suffix('.json'))}"
         self.widths = {name: self.tensors[name][0][-1] for name in ("context", "phrases", "pooled")
                        if name in self.tensors}
         self.read = functools.lru_cache(maxsize=1)(lambda name: self.tensors[name][2]())
+
+    def ready(self, device, wanted):
+        for kind, texts in wanted.items():
+            for _ in embedded(texts, self, kind):   # which ends the program at the first that is not finite
+                pass
 
     def absent(self, texts):
         return [text for text in texts if text not in self.places]
@@ -238,23 +213,29 @@ class Stored:
         return self.read(kind)[[self.places[text] for text in texts]].float(), 0
 
 
-def write_texts(path, texts, encoder, kind):
-    """The embeddings of texts -> a float16 .npy, batch by batch; how many texts were cut. fail() if not finite."""
-    file, cut = None, 0
+def embedded(texts, encoder, kind):
+    """Yield (float16 embeddings, how many of the texts were cut), batch by batch. fail() if not finite."""
     for i in with_progress(range(0, len(texts), encoder.batch), -(-len(texts) // encoder.batch), "batches of texts"):
-        values, n = encoder.embed(texts[i:i + encoder.batch], kind)
-        values, cut = values.half().numpy(), cut + n
+        values, cut = encoder.embed(texts[i:i + encoder.batch], kind)
+        values = values.half().numpy()
         if not (good := np.isfinite(values.reshape(len(values), -1)).all(1)).all():
             fail(f"the {kind} of {texts[i + int(good.argmin())]!r:.60} is not finite in float16")
-        if file is None:
-            file = np.lib.format.open_memmap(path, "w+", np.float16, (len(texts), *values.shape[1:]))
-        file[i:i + len(values)] = values
-    file.flush()
-    return cut
+        yield values, cut
+
+
+def write_texts(path, texts, encoder, kind):
+    """The embeddings of texts -> a float16 .npy; how many of the texts were cut."""
+    file, total = None, 0
+    for values, cut in embedded(texts, encoder, kind):
+        file, total = file or Growing(path, np.float16, values.shape[1:]), total + cut
+        file.append(values)
+    file.close()
+    return total
 
 
 class Growing:
-    """A .npy file whose first axis is known only at the end: numpy leaves room for that in the header."""
+    """A .npy file whose first axis is known only at the end: numpy leaves room for that in the header. Unlike a mapped
+    file it says when the disk is full."""
 
     def __init__(self, path, dtype, shape):
         self.file, self.dtype, self.shape, self.n = open(path, "wb+"), np.dtype(dtype), shape, 0
@@ -332,13 +313,16 @@ def nothing_left(source, rejected, moved=""):
 def build(rows, rejected, notes, base, encoder, settings, options, folder):
     """list of Row -> the finished data set in `folder`, and a summary on the terminal."""
     start, read, source = time.monotonic(), len(rows) + len(rejected), (options.coco or options.input).name
-    texts = dict.fromkeys(["", *(row.caption for row in rows), *(name for row in rows for _, name, _ in row.objects)])
+    wanted = {"context": [*dict.fromkeys(["", *(row.caption for row in rows)])],
+              "phrases": [*dict.fromkeys(name for row in rows for _, name, _ in row.objects)]}
+    texts = dict.fromkeys(wanted["context"] + wanted["phrases"])
     if absent := encoder.absent(texts):
         fail(f"--embeddings {options.embeddings.name} lacks {len(absent):,} of {len(texts):,} texts: "
              f"{listed([repr(text) for text in absent], 3)}")
     if not rows:
         nothing_left(source, rejected)
-    device = encoder.device = launch(options.device)
+    device = launch(options.device)
+    encoder.ready(device, wanted | ({"pooled": wanted["context"]} if base["added"] else {}))
     vae = or_fail(load_vae, options.base, DTYPES[options.dtype]).to(device)
     job = functools.partial(place, root=options.images or options.input.parent, options=options)
     with whole_folder(folder) as new:
@@ -367,7 +351,8 @@ def build(rows, rejected, notes, base, encoder, settings, options, folder):
                       ("rejected", by_reason[0]), ("rejected_boxes", by_reason[1]), ("notes", +notes))}}
         meta = {"format": FORMAT, "kind": "latents", "name": folder.name, "source": source, "sha256": options.sha256,
                 "options": settings, "counts": counts, "splits": SPLITS, "slots": options.slots,
-                "size": [options.size, options.size], "base": {"vae": base["vae"], "text_encoder": encoder.sha256},
+                "size": [options.size, options.size], "base": {
+                    "vae": base["vae"], "text_encoder": encoder.sha256, "embeddings": bool(options.embeddings)},
                 "scaling_factor": vae.shape.scaling_factor, "caption_tokens": encoder.length,
                 "arrays": sorted(path.stem for path in new.glob("*.npy"))}
         write_json(new / "texts.json", {"captions": captions, "phrases": phrases})
@@ -412,20 +397,27 @@ def summary(folder, meta, seconds):
         print(f"most rows are left out, most often because: {reason}; see {folder / 'rejected.jsonl'}")
 
 
-def already_there(folder, sha256, settings):
-    """True if the folder holds a whole set of this source and these options; fails if it holds something else."""
+def already_there(folder, sha256, settings, force):
+    """True if the folder holds a whole set of this source and these options. What is damaged, and a toy's set of other
+    options, is built anew; latents of anything else, which may have taken hours, only with force, else this fails."""
     if not folder.exists():
         return False
     if not (folder / "meta.json").is_file():
         fail(f"{folder} exists and is no data set: move it away or choose another --name")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        same = meta["format"] == FORMAT and meta["options"] == settings and meta["sha256"] == sha256
+        found, asked = meta["options"] | {"input": meta["sha256"]}, settings | {"input": sha256}
+        odd = sorted(key for key in found | asked if found.get(key) != asked.get(key))
+        told = f"{meta['counts']['kept']:,} pictures of {meta['source']}"
         names = [f"{name}.npy" for name in meta["arrays"]]
         names += ["texts.json", "rejected.jsonl", "pictures.jsonl"] * (meta["kind"] == "latents")
-        return same and all((folder / name).is_file() for name in names)
+        there = all((folder / name).is_file() for name in names)
     except (ValueError, KeyError, TypeError):       # damaged: to be built again
         return False
+    if there and odd and meta["kind"] == "latents" and not force:
+        fail(f"{folder} holds {told} already (what differs: {listed(odd)}): --force replaces them, another --name "
+             "keeps them")
+    return there and not odd and meta["format"] == FORMAT and not force
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -477,11 +469,12 @@ def read_base(options):
                          "FILE")
     encoder = Stored(options.embeddings, options) if options.embeddings else Clip(options.base, options)
     source = options.embeddings.name if options.embeddings else "the text encoder"
-    for name, width in (("context", unet.text or unet.context), ("phrases", unet.context), ("pooled", pooled)):
-        if (name != "pooled" or unet.added) and encoder.widths.get(name) != width:
+    fits = {"context": [unet.text or unet.context], "phrases": [unet.context] + [unet.text] * (unet.text > 0)}
+    for name, widths in (fits | ({"pooled": [pooled]} if unet.added else {})).items():
+        if encoder.widths.get(name) not in widths:
             raise ValueError(f"{options.base}: {source} has {name} of width {encoder.widths.get(name, 'none at all')}, "
-                             f"the UNet takes {width}")
-    return {"vae": weights_sha256(options.base, "vae"), "shape": str(vae), "added": bool(unet.added)}, encoder
+                             f"the UNet takes {' or '.join(map(str, widths))}")
+    return {"vae": part_sha256(options.base, "vae"), "shape": str(vae), "added": bool(unet.added)}, encoder
 
 
 def parse(argv):
@@ -518,7 +511,7 @@ def parse(argv):
     flag("workers", "processes that read pictures (default: one per core)", type=int, default=os.cpu_count() or 1)
     flag("seed", "of --limit (default: 0)", type=int, default=0)
     flag("out_dir", "(default: the folder of this script)", type=Path, default=Path(__file__).resolve().parent)
-    flag("force", "build the set even if it is already there", action="store_true")
+    flag("force", "build the set even if it, or another one, is already there", action="store_true")
     options = parser.parse_args(argv)
 
     options.name = options.name or ("demo" if options.demo else "")
@@ -566,6 +559,7 @@ def read_source(options):
         found, notes = or_fail(read_coco, options.coco, options.captions)
         if options.limit and options.limit < len(found):
             found = [found[i] for i in sorted(sample(range(len(found)), options.limit))]
+            notes = Counter({f"{note}, in the whole file": n for note, n in notes.items()})
         return *collect_rows(read_row(*pair) for pair in found), notes
     total, chosen = sum(1 for _ in raw_lines(options.input, MAX_LINE)), None
     if options.limit and options.limit < total:
@@ -593,8 +587,9 @@ def main(argv=None):
         # where the pictures are and what the models are made of, as one number: no path gets into a data set
         root = (options.images or options.input.parent).resolve()
         settings["images"] = hashlib.sha256(str(root).encode()).hexdigest()[:16]
-        settings["base"] = hashlib.sha256(f"{base} {encoder.fingerprint}".encode()).hexdigest()
-    if already_there(folder, options.sha256, settings) and not options.force:
+        settings["base"] = hashlib.sha256(str(base).encode()).hexdigest()
+        settings["texts"] = hashlib.sha256(encoder.fingerprint.encode()).hexdigest()
+    if already_there(folder, options.sha256, settings, options.force):
         print(f"{folder}: already there (--force builds it again)")
         return folder
     try:
@@ -605,6 +600,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted: nothing was changed", file=sys.stderr)
         raise SystemExit(130) from None
+    except torch.OutOfMemoryError:
+        fail(f"the memory of --device {options.device} is full: --batch_size {options.batch_size} is too much for it")
     return folder
 
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from common import fail, finish, launch, rank, world_size
-from data.files import or_fail
+from data.files import aligned, or_fail, write_json
 from data.scenes import demo
 from data.scenes.metrics import COLUMNS, labels_of, score
-from runs import finite_number, parse_flags, trained
+from runs import checkpoints, finite_number, parse_flags, trained
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
 
@@ -26,8 +26,10 @@ class EvalFlags:
     run_name: str = ""  # the trained run
     out_dir: str = "out"  # where runs are
     data_dir: str = ""  # prepared data; empty: the run's own
+    base: str = ""  # where its base is now; empty: where it was
+    step: int = 0  # of the checkpoint to test; 0: best.safetensors
     split: str = "test"  # train, val or test
-    rows: int = 1000  # of the split that are looked at; 0: all
+    rows: int = 200  # of the split that are looked at; 0: all
     device: str = "auto"  # auto, cuda, mps, cpu
 
 
@@ -35,10 +37,11 @@ class EvalFlags:
 class SampleFlags:
     run_name: str = ""  # the trained run
     out_dir: str = "out"  # where runs are
+    base: str = ""  # where its base is now; empty: where it was
     data_dir: str = ""  # prepared data, for their size and slots; empty: the run's own
-    layout: str = ""  # JSON: one or a list of {"caption", "objects": [{"name", "bbox"}], "boxes": "unit"}
+    layout: str = ""  # JSON: one or a list of {"caption", "objects": [{"name", "bbox"}], "boxes": "unit", "size"}
     gate_scale: str = "0,0.5,1"  # of what the adapter adds, a picture for each
-    out: str = ""  # the picture to write, PNG; empty: samples/<name of --layout>.png of the run
+    out: str = ""  # the picture to write, PNG; empty: samples/layout-<name of --layout>.png of the run
     seed: int = 0  # of the first sample of each layout, the next one has seed + 1
     num_samples: int = 1  # of each layout
     beta: float = -1.0  # share of the sampling steps with the adapter; below 0: the run's own
@@ -57,18 +60,30 @@ def other_boxes(present):
     return order
 
 
+def alarm(gates, step):
+    """What is wrong with the gates, in a sentence with what to do, or ''."""
+    opened = [*gates["attn"], *gates["dense"]]
+    if step >= 1000 and max(opened) < 0.01:
+        return "collapse: every |tanh| is below .01 after 1,000 steps; see the gap, and try --rms_norm or a higher " \
+            "--gate_lr in a new run"
+    if max(opened) > 0.9 or max(gates["ratio"]) > 1:
+        return f"over-activation: |tanh| up to {max(opened):.2f}, residual / hidden up to {max(gates['ratio']):.2f}; " \
+            "a lower --learning_rate or --gate_lr, --rms_norm, a smaller --scale_max"
+    return ""
+
+
 def near_ends(gates):
     """-> (share of the gates with |tanh| below .01, share above .9)"""
     opened = np.array([*gates["attn"], *gates["dense"]])
     return float((opened < 0.01).mean()), float((opened > 0.9).mean())
 
 
-def tell_gates(run, gates, warning):
-    """Gates of a validation into the log, with the warning if there is one, and samples/gates.png."""
+def tell_gates(run, gates, step):
+    """Gates of a validation into the log, with an alarm if there is one, and samples/gates.png."""
     for name, values in gates.items():
         run.log(f"  {name:5} " + " ".join(f"{x:.3g}" if name == "grad" else f"{x:.3f}" for x in values))
     run.log("  |tanh| below .01: {:.0%}, above .9: {:.0%}".format(*near_ends(gates)))
-    if warning:
+    if warning := alarm(gates, step):
         run.log(f"warning: {warning}")
     if run.main:
         gate_curves(run)
@@ -129,10 +144,10 @@ def drawn(script, model, data, rows, config, scale=1.0, boxes="boxes", order=Non
 
 
 @functools.lru_cache(maxsize=1)
-def vae_of(script, base, device):
-    """-> the VAE of a diffusers folder, float32 on the device; a str that says why there is none."""
+def vae_of(script, base):
+    """-> the VAE of a diffusers folder, float32 on the CPU; a str that says why there is none."""
     try:
-        return script.load_vae(base).to(device)
+        return script.load_vae(base)
     except ValueError as error:
         return str(error)
 
@@ -142,10 +157,13 @@ def pictures(script, data, config, values):
     """values (B, C, h, w) -> pictures (B, 3, H, W): of a toy as they are, else decoded singly. ValueError: no VAE"""
     if data.toy:
         return values
-    vae = vae_of(script, config.base, data.device)
+    vae = vae_of(script, config.base)
     if isinstance(vae, str):
         raise ValueError(vae)
-    return torch.cat([vae.decode(one[None].to(data.device) / vae.shape.scaling_factor).cpu() for one in values])
+    vae.to(data.device)
+    made = [vae.decode(one[None].to(data.device) / vae.shape.scaling_factor).cpu() for one in values]
+    vae.cpu()                                       # the training needs the room
+    return torch.cat(made)
 
 
 def grid(columns, boxes, present, path):
@@ -160,7 +178,8 @@ def grid(columns, boxes, present, path):
     for x, (name, images) in enumerate(columns.items()):
         pen.text((x * (wide + 4) + 4, 1), name, fill="black")
         for y, picture in enumerate(to_pixels(images)):
-            tile = Image.fromarray(picture).resize((wide, high), Image.LANCZOS if height > side else Image.NEAREST)
+            how = Image.LANCZOS if max(height, width) > side else Image.NEAREST
+            tile = Image.fromarray(picture).resize((wide, high), how)
             for box in boxes[y][present[y] > 0]:
                 corners = [float(edge) * n for edge, n in zip(box, (wide - 1, high - 1) * 2)]
                 for colour, thick in (("white", 3), ("black", 1)):           # seen on dark and on light
@@ -182,7 +201,7 @@ def pairs(script, model, data, config, path, n=10, split="val", log=print):
     """Draw n rows of a split, always the same: the truth, without the adapter, and with it from the same noise.
 
     -> dict of the columns, like the pictures at path; {} if the base has no VAE, which is said once."""
-    rows = data.rows[split if len(data.rows[split]) else "val"]
+    rows = data.rows[split_of(data, split)]
     rows = np.sort(np.random.default_rng(0).permutation(rows)[:n])
     made = {"truth": torch.cat([script.get_rows(data, rows[i:i + 1])["clean"].cpu() for i in range(len(rows))])}
     try:
@@ -209,21 +228,6 @@ def is_adapter(script, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
-def write_json(path, found):
-    """Strict JSON: NaN and Inf become null -> what the file holds."""
-    found = json.loads(json.dumps(found), parse_constant=lambda name: None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
-
-
-def aligned(rows):
-    """Lists of str of one length -> lines; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([f"{row[0]:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:]))])
-            for row in rows]
-
-
 def split_of(data, split="test"):
     """split, or val if it has no rows"""
     return split if len(data.rows[split]) else "val"
@@ -262,19 +266,20 @@ def layers_of(script, model, gates):
     return [{"layer": name} | {kind: values[i] for kind, values in gates.items()} for i, name in enumerate(names)]
 
 
-def table(script, model, data, config, folder, split="test", log=print, stem="eval", scores=None):
+def table(script, model, data, config, folder, split="test", log=print, stem="eval", scores=None, step=0):
     """What there is to say of a model on a split (val if it is empty), by one process -> dict: table, of a toy, by row
     and column; scores of script.evaluate; layers with their gates; warnings.
 
     scores: script.evaluate asks all processes; so one of several is to be given them, and a single one makes them.
+    step: of the model; 0: it is best.safetensors.
     Writes folder/stem.json and samples/stem.png, which is final.png if the stem is eval."""
     split, adapter = split_of(data, split), is_adapter(script, model)
-    rows, found, warnings = data.rows[split][:config.eval_rows or None], {}, []
+    rows, found, warnings = data.some(split, config.eval_rows), {}, []
     picture = folder / f"samples/{'final' if stem == 'eval' else stem}.png"
     if scores is None:
         scores = script.evaluate(model, data, config, split, config.eval_rows) if world_size() == 1 else {}
     about = {"run_name": config.run_name, "phase": config.phase, "base": config.base, "seed": config.seed,
-             "step": step_of(folder / "best.safetensors"), "split": split, "rows": len(rows),
+             "step": step or step_of(folder / "best.safetensors"), "split": split, "rows": len(rows),
              "sample_steps": config.sample_steps, "guidance": config.guidance, "beta": config.beta}
     if data.toy:
         found, made = grounding(script, model, data, config, rows)
@@ -305,7 +310,8 @@ def table(script, model, data, config, folder, split="test", log=print, stem="ev
             log(line)
         about["share_near_0"], about["share_saturated"] = near_ends(gates)
         log("|tanh| below .01: {:.0%}, above .9: {:.0%}".format(*near_ends(gates)))
-        warnings = [text for text in [script.alarm(gates, about["step"])] if text] + warnings
+        done = max([about["step"], *(int(path.stem[5:]) for path in checkpoints(folder))])     # best may be the first
+        warnings = [text for text in [alarm(gates, done)] if text] + warnings
     for text in warnings:
         log(f"warning: {text}")
     return write_json(folder / f"{stem}.json", about | {
@@ -319,8 +325,7 @@ def refuse(flags, number, text):
 
 def read_layouts(flags, slots):
     """--layout -> list of (caption, list of (phrase, [x0, y0, x1, y1] in 0..1)). ValueError, with layout and object."""
-    from data.scenes.pictures import UNITS, Refused, read_box
-    from data.scenes.prepare import read_object
+    from data.scenes.pictures import UNITS, Refused, plain_text, read_box, read_object
     try:
         found = json.loads(Path(flags.layout).read_text(encoding="utf-8"))
     except OSError as error:
@@ -357,7 +362,7 @@ def read_layouts(flags, slots):
                 hint = error.args[1].partition(";")[2].replace("--boxes", '"boxes":')
                 bad(f", object {which} ({read[1]}): {error.args[0]}, {read[2]} in {units}" + f";{hint}" * bool(hint))
             placed.append((read[1], [edge / n for edge, n in zip(box, size * 2)]))
-        layouts.append((" ".join(caption.split()), placed))
+        layouts.append((plain_text(caption), placed))
     if not layouts:
         raise ValueError(f"--layout {flags.layout}: no layouts in it")
     return layouts
@@ -446,9 +451,10 @@ def batch_of(data, texts, flags, number, caption, placed, log=print):
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
 def opened(script, flags, device):
-    """-> (the best model of --run_name, its config with --data_dir, its data, its folder)"""
-    folder = trained(flags.out_dir, flags.run_name)
-    model = or_fail(script.load_model, folder / "best.safetensors", device)
+    """-> (the model of --run_name, its config with --data_dir, its data, its folder)"""
+    folder, step = trained(flags.out_dir, flags.run_name), getattr(flags, "step", 0)
+    file = f"step-{step:08d}.safetensors" if step else "best.safetensors"
+    model = or_fail(script.load_model, folder / file, device, flags.base)
     about = model.about["config"] | {"run_name": flags.run_name, "out_dir": flags.out_dir}
     config = script.Config(**about | ({"data_dir": flags.data_dir} if flags.data_dir else {}))
     data = script.load_data(config, device)
@@ -470,8 +476,9 @@ def main_eval(script, argv):
     split = split_of(data, flags.split)
     scores = script.evaluate(model, data, config, split, config.eval_rows)
     if rank() == 0:                                 # other rows than the training's leave its eval.json alone
-        stem = "eval" if given <= {"run_name", "out_dir", "device"} else f"eval-{split}"
-        table(script, model, data, config, folder, split, print, stem, scores)
+        stem = "eval" if given <= {"run_name", "out_dir", "device", "base"} else f"eval-{split}" + f"-{flags.step}" * (
+            flags.step > 0)
+        table(script, model, data, config, folder, split, print, stem, scores, flags.step)
         if data.toy and is_adapter(script, model):
             pairs(script, model, data, config, folder / f"samples/{stem}-pairs.png", split=split)
         print(f"written: {folder / stem}.json")
@@ -491,7 +498,7 @@ def main_sample(script, argv):
     if not Path(flags.layout).is_file():
         fail(f"--layout {flags.layout or 'FILE'}: there is no such file; it is JSON, as in "
              '{"caption": "...", "objects": [{"name": "...", "bbox": [x0, y0, x1, y1]}], "boxes": "unit"}')
-    out = Path(flags.out or Path(flags.out_dir) / flags.run_name / "samples" / f"{Path(flags.layout).stem}.png")
+    out = Path(flags.out or Path(flags.out_dir) / flags.run_name / "samples" / f"layout-{Path(flags.layout).stem}.png")
     if out.suffix.lower() != ".png":
         fail(f"--out {out}: name a file that ends in .png")
     model, config, data, _ = opened(script, flags, device)
@@ -500,7 +507,7 @@ def main_sample(script, argv):
     own = {"beta": flags.beta < 0, "guidance": flags.guidance < 0, "sample_steps": not flags.sample_steps}
     config = dataclasses.replace(config, **{name: getattr(flags, name) for name, is_own in own.items() if not is_own})
     try:
-        if not data.toy and isinstance(vae := vae_of(script, config.base, data.device), str):
+        if not data.toy and isinstance(vae := vae_of(script, config.base), str):
             raise ValueError(f"{vae}; without a VAE there are no pictures")
         layouts = read_layouts(flags, data.meta["slots"])
         texts = open_texts(data, config, flags.embeddings)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common import fail, finish, launch, rank
-from data.files import or_fail
+from data.files import aligned, or_fail, write_json
 from data.text.metrics import MOST, NGram, choices, draw_comparison, own_questions, read_questions
 from data.text.tokens import END, PROMPT
 from runs import parse_flags, trained
@@ -79,22 +79,13 @@ def completions(script, model, data, path, n=8, split="val"):
                        f"--- model\n{answer(data.tokenizer, made)}\n\n\n")
 
 
-def write_json(path, found):
-    """Strict JSON: NaN and Inf become null -> what the file holds."""
-    found = json.loads(json.dumps(found), parse_constant=lambda name: None)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
-
-
 def lines_of(columns):
     """List of (name, {row: text}) -> lines of an aligned table, with - where a column lacks a row."""
     longest = max(columns, key=lambda column: len(column[1]))           # first its rows, in its order
     names = dict.fromkeys(row for _, cells in (longest, *columns) for row in cells)
     grid = [["", *(name for name, _ in columns)]]
     grid += [[row, *(cells.get(row, "-") for _, cells in columns)] for row in names]
-    widths = [max(map(len, column)) for column in zip(*grid)]
-    return ["  ".join([f"{row[0]:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:]))])
-            for row in grid]
+    return aligned(grid)
 
 
 def text_of(value):
