@@ -36,7 +36,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 257, "hidden_size": 16, "intermedi
          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}
 GPT2 = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 512}
 
-SCRIPTS = ["train_distill.py", "common.py", "runs.py", "autopsy.py", "data/files.py",
+SCRIPTS = ["train_distill.py", "common.py", "runs.py", "autopsy.py", "data/files.py", "data/weights.py",
            *[f"data/text/{path.name}" for path in (ROOT / "data/text").glob("*.py")]]
 BLOCKED = ["matplotlib", "scipy", "pandas", "sklearn", "drain3", "transformers", "tokenizers", "wandb", "rdkit", "trl"]
 
