@@ -633,7 +633,7 @@ class ToyBase(nn.Module):
                                        demo.ID["<end>"]))
         pixels = 3 * patch * patch
         self.proj_in, self.place = nn.Linear(pixels, width), nn.Parameter(cell_waves(demo.SIZE // patch, width))
-        self.time_1, self.time_2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.time_embedding = TwoLinear(width, width)
         self.blocks = nn.ModuleList(ToyBlock(width, heads, gated) for _ in range(depth))
         self.norm_out, self.proj_out = nn.LayerNorm(width), nn.Linear(width, pixels)
         nn.init.zeros_(self.proj_out.weight), nn.init.zeros_(self.proj_out.bias)
@@ -648,7 +648,7 @@ class ToyBase(nn.Module):
             phrases = self.text(phrases.flatten(0, 1))[1].unflatten(0, phrases.shape[:2])
         layout = self.layout(boxes, phrases, masks, scale)
         x = self.proj_in(F.pixel_unshuffle(pixels, self.patch).flatten(2).transpose(1, 2)) + self.place
-        time = self.time_2(F.silu(self.time_1(sinusoids(times, self.width, True, 0).to(x.dtype))))
+        time = self.time_embedding(sinusoids(times, self.width, True, 0).to(x.dtype))
         mask = None if layout is None else layout.mask(n, n)
         for block in self.blocks:
             x = block(x, context, time, layout, mask)
@@ -865,7 +865,7 @@ def evaluate(model, data, config, split="val", max_rows=0):
     rows, dtype = data.some(split, max_rows), pick_dtype(config.dtype, data.device)[0]
     adapter, was_training, total = isinstance(model, Adapter), model.training, torch.zeros(len(TIMES), 3)
     model.eval()
-    other = report.other_boxes(data.take("phrase", rows).cpu() >= 0)
+    other = report.other_boxes(data.table["phrase"][rows] >= 0)
     most = 96 if data.toy else config.batch_size
     for i, at in enumerate(TIMES):
         for some in np.split(np.arange(len(rows)), range(most, len(rows), most))[rank()::world_size()]:

@@ -27,7 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import DTYPES, fail, launch  # noqa: E402
-from data.files import file_sha256, in_order, or_fail, raw_lines, whole_folder, with_progress  # noqa: E402
+from data.files import (file_sha256, in_order, or_fail, raw_lines, whole_folder, with_progress,  # noqa: E402
+                        write_json)
 from data.scenes import demo  # noqa: E402
 from data.scenes.diffusers_folder import read_config, text_shape, unet_shape, vae_shape, part_sha256  # noqa: E402
 from data.scenes.encoders import load_text_encoder, load_vae  # noqa: E402
@@ -154,10 +155,9 @@ class Clip:
         self.widths = {"context": shape.width, "phrases": shape.width}
         self.fingerprint = f"{self.sha256} {shape} {self.tokenizer.fingerprint}"
         self.load = functools.partial(load_text_encoder, base, DTYPES[options.dtype])
-        self.model = self.device = None
 
     def ready(self, device, wanted):
-        """To be called before the pictures: ends the program if what `wanted`, {kind: list of texts}, needs is bad."""
+        """To be called first of all: ends the program if what `wanted`, {kind: list of texts}, needs is bad."""
         self.device, self.model = device, or_fail(self.load).to(device)
 
     def absent(self, texts):
@@ -166,7 +166,6 @@ class Clip:
     @torch.no_grad()
     def embed(self, texts, kind):
         """-> (float32 tensor (B, L, D) for kind context, (B, P) for phrases; how many of the texts were cut)."""
-        self.model = self.model or self.load().to(self.device)
         ids, cut = self.tokenizer(texts, self.length)
         hidden, pooled = self.model(torch.from_numpy(ids).to(self.device))
         return (hidden if kind == "context" else pooled).float().cpu(), sum(cut)
@@ -366,10 +365,6 @@ def build(rows, rejected, notes, base, encoder, settings, options, folder):
                          for k, (name, _) in enumerate(item.boxes)]} for i, item in enumerate(kept)))
         write_json(new / "meta.json", meta)
     summary(folder, meta, time.monotonic() - start)
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_lines(path, entries):

@@ -220,7 +220,7 @@ def pairs(script, model, data, config, path, n=10, split="val", log=print):
 
 def boxes_of(data, rows):
     """-> boxes (n, N, 4) and present (n, N), arrays"""
-    return data.take("boxes", rows).cpu().numpy(), data.take("phrase", rows).cpu().numpy() >= 0
+    return data.take("boxes", rows).cpu().numpy(), data.table["phrase"][rows] >= 0
 
 
 def is_adapter(script, model):
@@ -403,7 +403,7 @@ def open_texts(data, config, path):
         texts = Stored(Path(path), options) if path else Clip(config.base, options)
     except ValueError as error:
         raise ValueError(f"{error}" + "; or give --embeddings FILE, as to prepare.py" * (not path)) from None
-    texts.device = data.device
+    texts.ready(data.device, {})
     if not path:
         if "pooled" in data.table:
             raise ValueError(f"--base {config.base} takes pooled text, which its one text encoder does not give: "
