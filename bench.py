@@ -410,7 +410,7 @@ def student_train(device, pairs, config, steps=4, turns=5, most=4_000):
     spectra, pool = np.random.default_rng(0).permutation(data.spectra["train"])[:most], data.rows["train"]
     owner, bins = data.molecule[spectra], data.molecules.bins
     rows = TensorDataset(*dense_rows(map(data.smiles, owner), bins), data.dense(spectra).sqrt(), torch.tensor(owner))
-    library, whose = data.dense(data.first[pool]).sqrt().to(device), torch.from_numpy(pool).to(device)
+    library, whose = data.dense(data.first[pool], True).to(device), torch.from_numpy(pool).to(device)
     def loss_of(model, fingerprint, mass, fragments, target, owner):
         drawn = torch.randperm(len(library), device=device)[:student.RIVALS]
         batch = {"fingerprint": fingerprint, "mass": mass, "fragments": fragments, "target": target, "micro": 0,

@@ -46,8 +46,8 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set
-from data.molecules.report import generate_like, read_condition, report, strings, summary, token_ids, write_csv
+from data.files import demo_set, or_fail
+from data.molecules.report import generate_like, read_condition, report, summary, token_ids, write_csv
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
 
@@ -150,10 +150,6 @@ class Data:
     vocab: list  # K tokens
     canonical: bool  # are the SMILES RDKit's canonical ones?
 
-    def smiles(self, row):
-        """The row as a string, without its scaffold."""
-        return strings(self, np.array([row]))[0]
-
 
 def load_data(config, device="cpu"):
     """data_dir -> Data on the device; without data_dir the demo set, which rank 0 builds if it is not there yet."""
@@ -240,10 +236,16 @@ class Attention(nn.Module):
     def forward(self, x, past=None):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D / H)
-        if past is not None:                        # [k, v] of the positions before, grown in place
-            k, v = past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v))] if past else [k, v]
-        causal, dropout = past is None or T > 1, self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+        if past is not None:                        # k and v of the positions before, where these are put too
+            cache, seen = past
+            cache[:, :, :, seen:seen + T] = torch.stack([k, v])
+            k, v = cache[:, :, :, :seen + T]
+        if past is None and T <= 128 and (q.device.type, q.dtype) == ("cpu", torch.float32):
+            scores = (q * (D // self.n_head) ** -0.5) @ k.mT    # rows this short are slower in SDPA's kernel for a CPU
+            scores += torch.full((T, T), -math.inf).triu(1)
+            x = F.dropout(scores.softmax(-1), self.dropout, self.training) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout * self.training)
         return self.out(x.transpose(1, 2).reshape(B, T, D))
 
 
@@ -285,10 +287,10 @@ class MolGPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens, past=None, begin=None, props=None):
-        """tokens (B, T) int64 -> logits (B, T, K). past: to decode step by step, a list per layer, empty at first.
+        """tokens (B, T) int64 -> logits (B, T, K). past: to decode step by step, a cache() and how much of it was seen.
 
         begin (B,) or (1,) int64: where BOS stands, for a model with scaffolds; props (B, P): for one with properties"""
-        seen = past[0][0].shape[2] if past and past[0] else 0
+        seen = past[1] if past else 0
         x = self.token(tokens)
         if self.scaffold:                           # scaffold and molecule count their own positions
             t = torch.arange(seen, seen + tokens.shape[1], device=tokens.device) - begin[:, None]
@@ -301,8 +303,13 @@ class MolGPT(nn.Module):
             x = x + (tokens == BOS)[:, :, None] * self.prop(standardised)[:, None]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if past is None else past[i])
+            x = block(x, (past[0][i], seen) if past else None)
         return self.head(self.norm(x))
+
+    def cache(self, rows, positions):
+        """Room for keys and values of so many rows and positions: (n_layer, 2, rows, H, positions, D / H)"""
+        D, H = self.token.weight.shape[1], self.blocks[0].attention.n_head
+        return self.token.weight.new_empty(len(self.blocks), 2, rows, H, positions, D // H)
 
 
 def load_model(path, device="cpu"):
@@ -468,26 +475,31 @@ def generate(model, n, temperature=1.0, top_k=0, prompt=(), seed=0, batch_size=5
     begin = torch.tensor([scaffold.shape[1]], device=device)
     props = None if props is None else torch.as_tensor(props, dtype=torch.float32, device=device).expand(n, -1)
     for rows in torch.arange(n, device=device).split(batch_size):
-        x, past, alive = start[rows], [[] for _ in model.blocks], torch.arange(len(rows), device=device)
-        drawn = torch.full((len(rows), model.block), EOS, device=device)
-        count, mean, highest = (torch.zeros(len(rows), width, device=device) for width in (1, len(names), len(names)))
-        for t in range(model.block - len(prompt)):
-            logits = model(x, past, begin, None if props is None else props[rows[alive]])[:, -1].float()   # (alive, K)
-            log_e = log_evidence(logits, model.evidence)
+        x, alive, seen = start[rows], torch.arange(len(rows), device=device), 0
+        cache = model.cache(len(rows), start.shape[1] + model.block)
+        drawn = torch.full((len(rows), model.block - len(prompt)), EOS, device=device)
+        said = torch.zeros(*drawn.shape, len(model.vocab), device=device)       # log e of each token, to be scored
+        for t in range(drawn.shape[1]):
+            given = begin, None if props is None else props[rows[alive]]
+            logits = model(x, (cache[:, :, :len(alive)], seen), *given)[:, -1]      # (alive, K)
+            said[alive, t] = log_e = log_evidence(logits, model.evidence)
             weight = (log_e / temperature).index_fill(1, torch.tensor([BOS], device=device), -math.inf)
             if top_k:
                 weight = weight.masked_fill(weight < weight.topk(min(top_k, weight.shape[1]))[0][:, -1:], -math.inf)
             token = torch.multinomial(weight.softmax(-1), 1, generator=generator)
-            now = torch.stack([*token_scores(log_e, token[:, 0], evidential).values()], 1)
-            drawn[alive, t], count[alive] = token[:, 0], count[alive] + 1
-            mean[alive], highest[alive] = mean[alive] + now, torch.maximum(highest[alive], now)
-            going = (token[:, 0] != EOS).nonzero()[:, 0]
-            if not len(going):
+            drawn[alive, t], going, seen = token[:, 0], token[:, 0] != EOS, seen + x.shape[1]
+            if not (left := int(going.sum())):
                 break
-            alive, x = alive[going], token[going]
-            past = [[kv.index_select(0, going) for kv in layer] for layer in past]
-        values = torch.cat([mean / count, highest], 1).tolist()
-        for ids, length, value in zip(drawn.tolist(), count[:, 0].int().tolist(), values):
+            # the last rows that go on move to where rows have ended: so they stay packed, and few are copied
+            ended, last = (~going[:left]).nonzero()[:, 0], left + going[left:].nonzero()[:, 0]
+            for table in (alive, token, cache[:, :, :, :, :seen].transpose(0, 2)):
+                table[ended] = table[last]
+            alive, x = alive[:left], token[:left]
+        count = (1 + (drawn != EOS).sum(1)).clamp(max=drawn.shape[1])
+        scores = torch.stack([*token_scores(said, drawn, evidential).values()], 2)      # (rows, T, scores), all >= 0
+        scores *= (torch.arange(drawn.shape[1], device=device) < count[:, None])[..., None]
+        values = torch.cat([scores.sum(1) / count[:, None], scores.amax(1)], 1).tolist()
+        for ids, length, value in zip(drawn.tolist(), count.tolist(), values):
             finished = ids[length - 1] == EOS
             made.append({"smiles": text + "".join(model.vocab[i] for i in ids[:length - finished]), "tokens": length,
                          "finished": finished} | dict(zip([*names, *(f"max_{name}" for name in names)], value)))
@@ -671,10 +683,7 @@ def open_run(flags, name, device):
     low, zero = min(flags.num_samples, getattr(flags, "batch_size", 1)), min(flags.top_k, flags.seed)
     if low < 1 or flags.temperature < 1e-3 or zero < 0 or flags.seed >= 2 ** 63:
         fail("--num_samples, --batch_size must be above 0, --temperature at least .001, --top_k and --seed not below 0")
-    try:
-        return load_model(trained(flags.out_dir, name) / "best.safetensors", device)
-    except ValueError as error:
-        fail(error)
+    return or_fail(load_model, trained(flags.out_dir, name) / "best.safetensors", device)
 
 
 def main_sample(argv):

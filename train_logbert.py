@@ -265,7 +265,12 @@ class Block(nn.Module):
     def forward(self, x, visible, places):
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v, visible, self.dropout if self.training else 0.0)
+        if T <= 128 and (q.device.type, q.dtype) == ("cpu", torch.float32):
+            scores = (q * (D // self.n_head) ** -0.5) @ k.mT    # rows this short are slower in SDPA's kernel for a CPU
+            scores += torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
+            heads = F.dropout(scores.softmax(-1), self.dropout, self.training) @ v
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, visible, self.dropout * self.training)
         heads = heads.transpose(1, 2).reshape(B, T, D)
         if places is not None:                      # (N,): of these alone, -> (N, D)
             x, heads = x.flatten(0, 1)[places], heads.flatten(0, 1)[places]

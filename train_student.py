@@ -159,7 +159,7 @@ def get_batch(data, split, step, config, micro=0):
         "temperature": warm * config.temperature + (1 - warm) * config.temperature_end}
     if config.rank_weight:
         rivals = rng.permutation(data.rows["train"])[:RIVALS]
-        batch |= {"rivals": data.dense(data.first[rivals]).sqrt(),
+        batch |= {"rivals": data.dense(data.first[rivals], True),
                   "are_own": cast(molecules[:, None] == rivals, device)}
     if data.taught:
         batch |= {name: table[cast(molecules, device)].float() for name, table in data.taught.items()}
@@ -445,7 +445,7 @@ def compute_loss(model, batch, step, config):
             "hard": config.hard_weight if "taught" in batch else 1.0, "rank": config.rank_weight,
             "soft": config.soft_weight, "feature": config.feature_weight}
         if config.rank_weight:
-            parts["rank"] = mean(known * rank_loss(found, weigh(target), weigh(batch["rivals"]), batch["are_own"]))
+            parts["rank"] = mean(known * rank_loss(found, weigh(target), batch["rivals"], batch["are_own"]))
         if "taught" in batch:
             parts["soft"] = mean(batch["confidence"] * soft_loss(y, batch["taught"], batch["temperature"]))
             features = unwrap(model).projector(h).float()

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import train_edl  # noqa: E402
+from data.molecules.report import strings  # noqa: E402
 from runs import checkpoints, read_file  # noqa: E402
 
 SMALL = train_edl.CPU | train_edl.DRY | dict(                       # whole, so that no process fills in a preset
@@ -34,6 +35,10 @@ def build_demo(folder):
     from data.molecules import prepare
     return prepare.main(["--demo", "--limit", "500", "--name", "demo500", "--out_dir", str(folder), "--workers", "1"])
 
+
+
+def smiles_of(data, row):
+    return strings(data, np.array([row]))[0]
 
 def write_data(folder, train, val, test=(), vocab=None):
     """A prepared set of SMILES strings, as data/README.md describes it -> its path."""

@@ -1,6 +1,7 @@
 """train_edl.py piece by piece: the evidential numbers against float64 closed forms and Monte Carlo, the tokenizer, the
 batches, the model, its samples, the schedule and the flags of the original guide. Whole runs are in test_run_edl.py.
 """
+import copy
 import csv
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from edl_tools import assert_same_bits, build_demo, small_config, small_model, train_here, write_data
+from edl_tools import assert_same_bits, build_demo, small_config, small_model, smiles_of, train_here, write_data
 from rdkit import Chem
 
 import common
@@ -285,7 +286,7 @@ def test_tokens(smiles, tokens):
 
 
 def test_tokens_join_to_the_smiles_however_it_is_written(demo):
-    written = DRUGS + [demo.smiles(row) for row in range(0, 500, 10)]
+    written = DRUGS + [smiles_of(demo, row) for row in range(0, 500, 10)]
     for i, smiles in enumerate(written):
         molecule = Chem.MolFromSmiles(smiles)
         if molecule:
@@ -309,7 +310,7 @@ def test_what_is_no_token_is_named_with_its_place(smiles, position, character):
 def test_a_row_is_bos_tokens_eos(tmp_path):
     train = ["CCO", "C/C=C\\C", "N"]
     data = load_data(Config(data_dir=str(write_data(tmp_path / "set", train, ["CO"], ["O"]))))
-    assert [data.smiles(row) for row in range(5)] == [*train, "CO", "O"]
+    assert [smiles_of(data, row) for row in range(5)] == [*train, "CO", "O"]
     assert data.length.tolist() == [4, 8, 2, 3, 2] and data.block == 8 and data.table.dtype == torch.uint8
     assert {name: rows.tolist() for name, rows in data.rows.items()} == {"train": [0, 1, 2], "val": [3], "test": [4]}
     assert [data.vocab[i] for i in data.table[:8].tolist()] == ["<bos>", "C", "C", "O", "<eos>", "<bos>", "C", "/"]
@@ -321,7 +322,7 @@ def test_large_vocabularies_are_kept(tmp_path):
     np.save(folder / "tokens.npy", np.array([2, 301, 250], np.uint16))
     np.save(folder / "offsets.npy", np.array([0, 2, 3]))
     data = load_data(Config(data_dir=str(folder)))
-    assert [data.smiles(0), data.smiles(1)] == ["C[299C]", "[248C]"] and data.table.dtype == torch.int16
+    assert [smiles_of(data, 0), smiles_of(data, 1)] == ["C[299C]", "[248C]"] and data.table.dtype == torch.int16
 
 
 def test_targets_are_the_inputs_shifted_and_end_in_eos(demo):
@@ -451,9 +452,23 @@ def test_step_by_step_with_a_cache_is_the_full_forward(model, generator):
     full = model(tokens)
     assert full.std() > 0.5
     for prompt in (1, 2, 7, 23, 24):
-        past = [[] for _ in model.blocks]
-        logits = [model(tokens[:, :prompt], past)] + [model(tokens[:, t:t + 1], past) for t in range(prompt, 24)]
+        cache = model.cache(5, 24).fill_(math.nan)      # what was not written is not read
+        logits = [model(tokens[:, :prompt], (cache, 0))]
+        logits += [model(tokens[:, t:t + 1], (cache, t)) for t in range(prompt, 24)]
         assert (torch.cat(logits, 1) - full).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 7, 128, 129])
+def test_attention_of_short_rows_is_that_of_sdpa(T, generator):
+    """On a CPU in float32 up to 128 positions are three products; longer rows, and float64, go to SDPA."""
+    layer = train_edl.Attention(small_config(n_head=4, n_embd=32))
+    x, exact = torch.randn(3, T, 32, generator=generator, requires_grad=True), copy.deepcopy(layer).double()
+    y, reference = layer(x), exact(x.double())
+    assert reference.std() > 0.1 and (y - reference).abs().max() < 1e-6
+    seed = torch.randn(y.shape, generator=generator)
+    mine, = torch.autograd.grad((y * seed).sum(), x)
+    its, = torch.autograd.grad((reference * seed.double()).sum(), x)
+    assert its.std() > 0.05 and (mine - its).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -504,6 +519,9 @@ class FixedLogits(torch.nn.Module):
         super().__init__()
         self.head, self.blocks, self.block, self.evidence = torch.nn.Linear(1, 1), [], block, evidence
         self.vocab, self.logits = ["<bos>", "<eos>", *(f"[{i}C]" for i in range(2, len(logits)))], logits
+
+    def cache(self, rows, positions):
+        return torch.zeros(0, 2, rows, 1, positions, 1)
 
     def forward(self, tokens, past=None, begin=None, props=None):
         return self.logits.expand(*tokens.shape, -1)

@@ -1,6 +1,7 @@
 """train_logbert.py piece by piece: sessions and their questions, the encoder against itself without padding, the loss
 and the hypersphere in float64, the scores against one forward per key. Whole runs are in test_run_logbert.py.
 """
+import copy
 import json
 import math
 from collections import Counter
@@ -366,9 +367,27 @@ def test_no_row_of_the_attention_is_empty(monkeypatch):
     model, batch = small_model(about()), whole(random_sessions(5), False)
     tokens = batch["tokens"].index_fill(1, torch.arange(1, batch["tokens"].shape[1]), PAD)
     for rows in (batch["tokens"], tokens):
+        assert everywhere(model, rows, batch["bag"])[0].isfinite().all() and not masks      # short rows: by products
+    model.double()                                  # by SDPA, as on a GPU
+    for rows in (batch["tokens"], tokens):
         assert everywhere(model, rows, batch["bag"])[0].isfinite().all()
     assert len(masks) == 4 and all(mask.dtype == torch.bool and mask[..., 0].all() for mask in masks)
     assert not masks[-1][..., 1:].any() and torch.equal(masks[0][:, 0, 0], batch["tokens"] != PAD)
+
+
+@pytest.mark.parametrize("T", [2, 9, 128, 129])
+def test_attention_of_short_rows_is_that_of_sdpa(T):
+    """On a CPU in float32 up to 128 positions are products; longer rows, and float64, go to SDPA."""
+    generator = torch.Generator().manual_seed(0)
+    block = train_logbert.Block(small_config(n_head=4, n_embd=32))
+    x, exact = torch.randn(4, T, 32, generator=generator, requires_grad=True), copy.deepcopy(block).double()
+    visible = torch.arange(T) < torch.tensor([1, T, T - 1, (T + 1) // 2])[:, None, None, None]
+    y, reference = block(x, visible, None), exact(x.double(), visible, None)
+    assert (reference - x).std() > 0.05 and (y - reference).abs().max() < 2e-6
+    seed = torch.randn(y.shape, generator=generator)
+    mine, = torch.autograd.grad((y * seed).sum(), x)
+    its, = torch.autograd.grad((reference * seed.double()).sum(), x)
+    assert its.std() > 0.05 and (mine - its).abs().max() < 1e-5
 
 
 def test_the_head_has_no_special_class(data):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from edl_tools import (ROOT, assert_same_bits, last_checkpoint, one_line, small_config, small_model, start, start_pair,
-                       train_here, wait, write_data)
+from edl_tools import (ROOT, assert_same_bits, last_checkpoint, one_line, small_config, small_model, smiles_of, start,
+                       start_pair, train_here, wait, write_data)
 from PIL import Image
 from rdkit import Chem
 from rdkit.Chem.Scaffolds import MurckoScaffold
@@ -112,7 +112,7 @@ def test_a_row_is_scaffold_bos_tokens_eos(toy, fields):
         wanted = [*prefix, BOS, *ids_of(data, smiles), EOS]
         assert data.start[row] == place and data.table[place:place + len(wanted)].tolist() == wanted
         assert (data.prefix[row], data.length[row]) == (len(prefix), len(wanted) - len(prefix) - 1)
-        assert data.smiles(row) == smiles
+        assert smiles_of(data, row) == smiles
         assert "props" not in fields or data.props[row].tolist() == [*reversed(props)]
         place += len(wanted)
     assert data.block == (12 if "scaffold" in fields else 11)           # one scaffold is longer than all molecules
@@ -121,21 +121,22 @@ def test_a_row_is_scaffold_bos_tokens_eos(toy, fields):
 def test_a_prepared_set_as_rdkit_sees_it(data, asked):
     plain, stats = load_data(Config(data_dir=str(asked))), json.loads((asked / "meta.json").read_text())["props"]
     for row in range(120):
-        molecule = Chem.MolFromSmiles(data.smiles(row))
+        molecule = Chem.MolFromSmiles(smiles_of(data, row))
         scaffold = "".join(data.vocab[i] for i in scaffold_of(data, row))
-        assert data.smiles(row) == plain.smiles(row) and scaffold == MurckoScaffold.MurckoScaffoldSmiles(mol=molecule)
+        assert (smiles_of(data, row) == smiles_of(plain, row)
+                and scaffold == MurckoScaffold.MurckoScaffoldSmiles(mol=molecule))
         wanted = [metrics.PROPERTIES[name](molecule) for name in ("tpsa", "logp")]
         assert data.props[row].tolist() == pytest.approx(wanted, rel=1e-6)
     wanted = [[stats[name][x] for name in ("tpsa", "logp")] for x in ("mean", "std")]
     assert torch.equal(data.stats, torch.tensor(wanted)) and data.props.dtype == torch.float32
-    assert data.block == max(len(tokenize(data.smiles(row))) for row in range(120)) + 1
+    assert data.block == max(len(tokenize(smiles_of(data, row))) for row in range(120)) + 1
 
 def test_targets_are_the_molecules_and_their_ends(toy, data):
     for data, rows in (load_data(Config(data_dir=str(toy), **BOTH)), np.arange(5)), (data, np.arange(70)):
         batch = get_rows(data, rows)
         assert batch["tokens"].shape[1] == max(data.prefix[row] + data.length[row] for row in rows)
         for i, row in enumerate(rows):
-            prefix, own = scaffold_of(data, row), ids_of(data, data.smiles(row))
+            prefix, own = scaffold_of(data, row), ids_of(data, smiles_of(data, row))
             size = len(prefix) + len(own) + 1
             assert batch["tokens"][i, :size].tolist() == [*prefix, BOS, *own]
             assert batch["mask"][i].nonzero()[:, 0].tolist() == [*range(len(prefix), size)]
@@ -230,9 +231,10 @@ def test_step_by_step_with_a_cache_is_the_full_forward_of_a_row_alone_and_of_a_b
     assert full.std() > 0.5 and (len(set(data.prefix[rows])) > 4 or not model.scaffold)
     for i, row in enumerate(rows):
         one, begin = get_rows(data, rows[i:i + 1]), int(data.prefix[row])
-        past, more, size = [[] for _ in model.blocks], (one["begin"], one.get("props")), begin + int(data.length[row])
-        parts = [model(one["tokens"][:, :begin + 1], past, *more)]
-        parts += [model(one["tokens"][:, t:t + 1], past, *more) for t in range(begin + 1, size)]
+        more, size = (one["begin"], one.get("props")), begin + int(data.length[row])
+        cache = model.cache(1, size)
+        parts = [model(one["tokens"][:, :begin + 1], (cache, 0), *more)]
+        parts += [model(one["tokens"][:, t:t + 1], (cache, t), *more) for t in range(begin + 1, size)]
         alone = ask(model, one)
         assert alone.shape[1] == size and (torch.cat(parts, 1) - alone).abs().max() < 1e-5
         assert (alone[0] - full[i, :size]).abs().max() < 1e-5
@@ -416,7 +418,7 @@ def test_scores_of_rows_are_those_of_each_row_alone(data, fields):
     for i, row in enumerate(sorted(rows)):
         one = get_rows(data, np.array([row]))
         logits = ask(model, one)[0][one["mask"][0]].double()
-        targets = torch.tensor([*ids_of(data, data.smiles(row)), EOS])
+        targets = torch.tensor([*ids_of(data, smiles_of(data, row)), EOS])
         e = {"exp": logits.clamp(-15, 15).exp(), "softplus": F.softplus(logits), "none": logits.exp()}[model.evidence]
         p, y = e / e.sum(-1, keepdim=True), F.one_hot(targets, K)
         alpha = 1 + e
@@ -445,12 +447,12 @@ def test_translation_maps_what_it_can_and_counts_the_others(toy, tmp_path):
     assert left_out == {"tokens the model does not know": 3, "longer than the model": 2, "known from training": 2}
     assert found.rows["far"].tolist() == [0, 7] and not far.canonical   # OCC is CCO, which is known
     for row in found.rows["far"]:
-        assert found.smiles(row) == far.smiles(row) == rows[row][1]
+        assert smiles_of(found, row) == smiles_of(far, row) == rows[row][1]
         assert "".join(data.vocab[i] for i in scaffold_of(found, row)) == rows[row][2]
         one = get_rows(found, np.array([row]))
         assert one["targets"][0][one["mask"][0]].tolist() == [*ids_of(data, rows[row][1]), EOS]
         assert one["tokens"][0, found.prefix[row]] == BOS
-    assert data.block == 12 and far.smiles(1) == "CIC"                  # the far set itself is as it was
+    assert data.block == 12 and smiles_of(far, 1) == "CIC"                  # the far set itself is as it was
 
 def test_molecules_are_asked_for_like_those_of_training_rows(data, toy):
     def asked(data, n, seed, **how):
@@ -589,8 +591,8 @@ def test_a_nan_does_not_get_into_the_json(learned, tmp_path, monkeypatch, name):
 @pytest.fixture(scope="module")
 def far(asked, data, tmp_path_factory):
     """Twelve test rows written backwards, which no training row is; and five that are left out."""
-    smiles = ["".join(reversed(tokenize(data.smiles(row)))) for row in data.rows["test"][:12]]
-    rows = [(0, text, "", (2.0,)) for text in smiles] + [(1, data.smiles(row), "", (1.0,)) for row in (0, 33)]
+    smiles = ["".join(reversed(tokenize(smiles_of(data, row)))) for row in data.rows["test"][:12]]
+    rows = [(0, text, "", (2.0,)) for text in smiles] + [(1, smiles_of(data, row), "", (1.0,)) for row in (0, 33)]
     rows += [(1, "CCI", "", (0.0,)), (1, "C" * 80, "", (9.0,)), (2, "CCO", "C" * 80, (0.0,))]
     return write_set(tmp_path_factory.mktemp("far") / "set", rows, names=("logp",))
 
@@ -637,7 +639,7 @@ def test_eval_of_a_conditional_run(runs, far, asked):
     alone, data = evaluated(runs, "c", "--far_dir", far), load_data(Config(data_dir=str(asked), train_rows=60))
     table, known = alone["table"], sum(row in data.rows["train"] for row in (0, 33))
     assert [*alone["left out of far_dir"].values()][:3] == [1, 2, known]
-    rows = [Chem.MolFromSmiles(data.smiles(row)) for row in data.rows["val"]]
+    rows = [Chem.MolFromSmiles(smiles_of(data, row)) for row in data.rows["val"]]
     logp = np.array([metrics.PROPERTIES["logp"](molecule) for molecule in rows])
     wanted = {"mad_logp": np.abs(logp[:, None] - [1, 2, 3]).mean(), "sd_logp": logp.std(), "valid_asked": 1}
     assert {name: table["val rows"][name] for name in wanted} == pytest.approx(wanted)
@@ -692,7 +694,7 @@ def test_samples_that_cannot_be_drawn(runs, refused, tmp_path, name, words, said
 
 @pytest.mark.parametrize("test_rows", [0, 30])
 def test_runs_of_other_data_are_refused(runs, asked, data, tmp_path, refused, test_rows):
-    smiles = [data.smiles(row) for row in range(120)]
+    smiles = [smiles_of(data, row) for row in range(120)]
     other = write_data(tmp_path / "other", smiles[60:], smiles[:30], smiles[30:30 + test_rows], vocab=data.vocab)
     train_here(other, runs / f"d{test_rows}", max_steps=1)
     said = refused(evaluated, runs, "a", "--beside", f"d{test_rows}")

@@ -117,7 +117,7 @@ class Data:
     meta: dict  # of the data set
     molecules: Molecules
     molecule: np.ndarray  # (spectra,) int64, whose each spectrum is
-    peaks: Ragged  # of each spectrum: bin int64, intensity float32, base peak 1
+    peaks: Ragged  # of each spectrum: bin int64, intensity float32, base peak 1; m/z * sqrt(it), of unit length
     rows: dict  # split -> (molecules of the split,) int64
     spectra: dict  # split -> (their spectra,) int64
     first: np.ndarray  # (molecules,) int64, the first spectrum of each, which stands for it in a library
@@ -157,9 +157,11 @@ class Data:
         """split -> what an epoch passes over: the spectra, or to pretrain the molecules."""
         return self.rows if phase == "pretrain" else self.spectra
 
-    def dense(self, spectra):
-        """spectra (k,) int64 -> (k, Z) float32 intensities, base peak 1, on the device."""
-        owner, _, place, value = self.peaks.take(spectra)
+    def dense(self, spectra, weighed=False):
+        """spectra (k,) int64 -> (k, Z) float32 intensities, base peak 1, on the device; weighed: unit rows of
+        m/z * sqrt(intensity), as library searches compare them, with no look at the cells that hold nothing."""
+        owner, _, place, *values = self.peaks.take(spectra)
+        value = values[weighed]
         out = value.new_zeros(len(spectra) * self.molecules.bins)
         return out.index_put((owner * self.molecules.bins + place,), value).view(len(spectra), -1)
 
@@ -214,7 +216,10 @@ def read_folder(folder, device="cpu"):
         raise ValueError("made by another version of data/spectra/features.py, to be made again with --force")
     array = {name: np.load(folder / f"{name}.npy") for name in meta["arrays"]}
     names = [tuple(line.split(",")) for line in (folder / "molecules.csv").read_text().splitlines()[1:]]
-    peaks = Ragged(array["peak_offsets"], array["peak_bin"].astype(np.int32), array["peak_value"], device=device)
+    offsets, bins, value = (array[f"peak_{name}"] for name in ("offsets", "bin", "value"))
+    owner, weighed = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), bins * np.sqrt(value)
+    weighed /= np.sqrt(np.bincount(owner, weighed.astype(float) ** 2)).clip(1e-6).astype(np.float32)[owner]
+    peaks = Ragged(offsets, bins.astype(np.int32), value, weighed, device=device)
     molecule, split = array["molecule"].astype(np.int64), array["split"]
     rows, spectra = ({name: np.flatnonzero(of == i) for i, name in enumerate(meta["splits"])}
                      for of in (split, split[molecule]))
