@@ -1,24 +1,26 @@
 """
 Side by side: each script against what a user would run instead, interleaved in one process, on the same data.
 
-python bench.py                                       # all rows, a few minutes on a CPU -> a table in Markdown
+python bench.py                                       # all rows, some minutes on a CPU -> a table in Markdown
 python bench.py guard "logbert train"                 # the rows whose names hold one of these words
 python bench.py --full                                # 15 pairs of runs instead of 5
-python bench.py --molecules DIR --spectra DIR --text DIR --scenes DIR     # prepared sets instead of the demo sets
+python bench.py --molecules DIR                       # a prepared set instead of the demo set
 python bench.py --gpu                                 # the same rows on cuda
 python bench.py --gpu --dry_run                       # does it all run? tiny, in seconds, without a GPU too
 pip install diffusers transformers accelerate         # the peers; a row without its own says so, no ratio
 
-A row times a piece of our work, then one of the peer's, ours again ..., after one untimed piece of each. A ratio is
-made of neighbours only, so that what else the machine does falls on both; its median stands before its range over the
-pairs, and a rate is a median too. Whoever adds a row writes a function and gives it a name in ROWS.
+A row times a piece of our work and one of the peer's, in turns, after one untimed piece of each. A ratio is made of
+neighbours only, so that what else the machine does falls on both; its median stands before its range over the pairs,
+and a rate is a median too. The floor of our piece is the time of its products at the rate of one large product, and of
+what all other operations read and write at the rate of a large copy; both rates are measured first. Whoever adds a row
+writes a function and gives it a name in ROWS.
 """
 import argparse
 import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # or torch's profiler, the peers and two_workers talk into the table
@@ -40,7 +43,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 import train_adapter as adapter  # noqa: E402
 import train_distill as distill  # noqa: E402
@@ -53,7 +59,6 @@ from data.scenes.diffusers_folder import GATED, text_shape, unet_shape, vae_shap
 from data.scenes.encoders import VAE, CLIPText  # noqa: E402
 from data.spectra import features  # noqa: E402
 from data.spectra.tables import Molecules  # noqa: E402
-from data.text.cache import cached_teacher  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- measuring
 # A side is a function that does a piece of work and answers how much, in the unit of its row
@@ -62,49 +67,81 @@ class Row(NamedTuple):
     goal: str  # of the ratio, or of our rate
     peer: str  # the package that the other side needs; empty: a second device, if anything
     rates: np.ndarray  # (1, pairs) ours, or (2, pairs) ours and the peer's
-    memory: list  # bytes per side, see peak_memory; empty: not told
+    seen: SimpleNamespace | None  # see look; None: not told
     compared: str  # what with what
     percent: bool = False  # say what ours takes longer, instead of how many times as fast it is
 
 def peer(name):
     """The module of a package that a row compares with, None if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 def measure(device, pairs, sides, turns=1):
-    """Rates of the sides that are not None, (sides, pairs). A pair adds up `turns` turns, each of every side once:
-    many short ones share what disturbs them better than few long ones."""
+    """Rates of the sides that are not None, (sides, pairs). A pair adds up `turns` turns, each of every side once, by
+    turns forwards and backwards: many short ones share what disturbs them better than few long ones."""
     sides, wait = [side for side in sides if side], torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for side in sides:
         side()
     done = np.zeros((2, len(sides), pairs))         # work, seconds
-    for pair, _, (i, side) in itertools.product(range(pairs), range(turns), enumerate(sides)):
-        wait()
-        start = time.perf_counter()
-        work = side()
-        wait()
-        done[:, i, pair] += work, time.perf_counter() - start
+    for pair, turn in itertools.product(range(pairs), range(turns)):
+        for i in range(len(sides))[::-1 if (pair * turns + turn) % 2 else 1]:
+            wait()
+            start = time.perf_counter()
+            work = sides[i]()
+            wait()
+            done[:, i, pair] += work, time.perf_counter() - start
     return done[0] / done[1]
 
-def peak_memory(device, sides):
-    """Bytes of tensors that a piece of each side's work holds at most, above what lay there before (weights, optimizer
-    state) -> list. One process runs all sides, so that its own peak would tell nothing; numpy is not counted."""
-    peaks = []
-    for side in filter(None, sides):
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+aten = torch.ops.aten
+FLOPS = flop_registry | {aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+    aten._scaled_dot_product_flash_attention], aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward]}
+PICK = {aten.index, aten.index_select, aten.gather, aten.embedding, aten._embedding_bag}    # read some of a table
+READS = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select}            # the host waits for these
+
+class Cost(TorchDispatchMode):
+    """What runs under it: flops of its products, bytes that its other operations move, how often the host reads."""
+    flops = moved = reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, op = func(*args, **(kwargs or {})), func.overloadpacket
+        self.reads += op in READS
+        if op in FLOPS:
+            self.flops += FLOPS[op](*args, **(kwargs or {}), out_val=out)
+        elif not func.is_view and op is not aten.detach:
+            written = [given for given, one in zip(args, func._schema.arguments) if one.is_write] or out
+            tensors = tree_leaves((written, out if op in PICK else args))
+            self.moved += sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
+        return out
+
+@functools.cache
+def ceilings(device, dtype):
+    """-> FLOP/s of one large product in this dtype, bytes/s of a large copy, read and written."""
+    n, m = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
+    a, x, y = torch.randn(n, n, device=device, dtype=dtype), *torch.empty(2, m, device=device)
+    rates = measure(device, 5, [lambda: 2 * n ** 3 * len([a @ a for _ in range(8)]), lambda: 2 * y.copy_(x).nbytes])
+    return np.median(rates, 1).tolist()
+
+def look(device, sides, floor=True):
+    """Run each side once more -> memory, bytes of tensors that each holds at most, above what lay there before
+    (weights, optimizer state); longest, where ours spends most time; its work, and with floor its Cost. One process
+    runs all sides, so that its own peak would tell nothing; numpy is not counted."""
+    sides, cuda, seen = [side for side in sides if side], device.type == "cuda", SimpleNamespace(memory=[], work=0)
+    for side in sides[::-1]:
+        before = torch.cuda.memory_allocated() if cuda else 0
+        torch.cuda.reset_peak_memory_stats() if cuda else None
+        with torch.profiler.profile(profile_memory=not cuda) as found:
             side()
-            peaks.append(torch.cuda.max_memory_allocated() - before)
-        else:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-                side()
-            events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-            events.sort(key=lambda event: event.start_ns())
-            peaks.append(max(itertools.accumulate(event.nbytes() for event in events), default=0))
-    return peaks
+        events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        seen.memory.insert(0, torch.cuda.max_memory_allocated() - before if cuda else
+                           max(itertools.accumulate(event.nbytes() for event in events), default=0))
+    spent = {event.key.removeprefix("aten::")[:24]: event.self_device_time_total if cuda else event.self_cpu_time_total
+             for event in found.key_averages()}
+    seen.longest = ", ".join(f"{name} {spent[name] / max(1, sum(spent.values())):.0%}"
+                             for name in sorted(spent, key=spent.get)[:-4:-1])
+    with Cost() if floor else contextlib.nullcontext() as seen.cost:
+        seen.work = sides[0]() if floor else 0
+    return seen
 
 def ratio(row):
     """What stands in the table: median and range of the pairs' own ratios."""
@@ -115,11 +152,23 @@ def ratio(row):
         (mine / other, "{:.1f}x ({:.1f} ... {:.1f})")
     return text.format(np.median(values), values.min(), values.max())
 
-def line(name, row):
-    """A row -> its line of the Markdown table."""
+PEAKS = {"H100 80GB HBM3": 989e12, "H200$": 989e12, "A100": 312e12}     # of these names, in dense bfloat16 FLOP/s
+def floor(row, device, dtype):
+    """How many times its floor our side takes, what the floor is made of, and the MFU on a GPU that is known -> str"""
+    if not row.seen or not row.seen.cost:
+        return "-"
+    cost, spent = row.seen.cost, row.seen.work / np.median(row.rates[0])
+    products, copies = (x / rate for x, rate in zip((cost.flops, cost.moved), ceilings(device, dtype)))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    mfu = [f"; MFU {cost.flops / spent / peak:.1%}" for known, peak in PEAKS.items() if re.search(known, name)]
+    return (f"{spent / (products + copies):.1f}x, {products / (products + copies):.0%} of it products; "
+            f"{row.seen.longest}{''.join(mfu)}")
+
+def line(name, row, above="-"):
+    """A row, and what floor() says of it -> its line of the Markdown table."""
     mine, other = [*(f"{np.median(rate):,.0f}" for rate in row.rates), "-"][:2]
-    memory = " / ".join(f"{peak / 1e6:.1f} MB" for peak in row.memory) or "-"
-    return f"| {name} | {mine} | {other} | {row.unit} | {ratio(row)} | {row.goal} | {memory} | {row.compared} |"
+    memory = " / ".join(f"{peak / 1e6:.1f} MB" for peak in row.seen.memory) if row.seen else "-"
+    return f"| {' | '.join((name, mine, other, row.unit, ratio(row), row.goal, memory, above, row.compared))} |"
 
 # ---------------------------------------------------------------------------------------------------- optimizer steps
 def new_model(script, config, data, device):
@@ -169,24 +218,46 @@ def our_steps(script, device, config, steps, guarded=True, model=None, data=None
         return steps * config.batch_size
     return side
 
-def guard_cost(device, pairs, config, script, unit, steps=4, turns=30, data=None):
+def guard_cost(device, pairs, config, script, unit, steps=4, turns=0, data=None):
+    if script is distill and data is None:
+        with distill_models(device, config) as (data, config):
+            return guard_cost(device, pairs, config, script, unit, 2, turns or 3, data)
+    turns = turns or {adapter: 5, student: 10}.get(script, 30)
     sides = [our_steps(script, device, config, steps, guarded, data=data) for guarded in (True, False)]
-    return Row(unit, "<= +1 %", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
-               "the whole step with the guard; with backward, clip_grad_norm_ and the same fused AdamW alone", True)
+    rates, seen = measure(device, pairs, sides, turns), look(device, sides)
+    return Row(unit, "<= +1 %", "", rates, seen, "the whole step with the guard; with backward, clip_grad_norm_ and "
+               f"the same fused AdamW alone. In {steps} steps the host reads the device {seen.cost.reads} times", True)
+
+def growth(device, pairs, config, script, kind, unit, steps=8, turns=3, sizes=(500, 2000, 8000)):
+    """The same steps on 16 times the rows, and how long prepare.py takes for 1, 4 and 16 times."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides, spent = [], []
+        for size in map(str, sizes):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, Path(__file__).parent / f"data/{kind}/prepare.py", "--demo", "--limit",
+                            size, "--name", size, "--out_dir", folder], check=True, stdout=sys.stderr)
+            spent.append(f"{int(size):,} rows in {time.perf_counter() - start:.1f} s, "
+                         f"{sum(file.stat().st_size for file in Path(folder, size).iterdir()) / 1e6:.2f} MB")
+            here = dataclasses.replace(config, data_dir=f"{folder}/{size}")
+            sides.append(our_steps(script, device, here, steps, data=script.load_data(here, device)))
+    sides = [sides[-1], sides[0]]
+    rates, seen = measure(device, pairs, sides, turns), look(device, sides)
+    return Row(unit, "constant", "", rates, seen, f"optimizer steps of {config.batch_size} on {sizes[2]:,} rows; on "
+               f"{sizes[0]:,}. prepare.py, its start-up too, and its files: {'; '.join(spent)}", True)
 
 IGNORE = -100                                       # transformers' label of what is not asked
-def padded(rows, length=0, pad=logbert.PAD):
-    """List of (tokens, labels) -> two (B, T) int64, padded to length, or to the longest of them, as LogBERT does."""
-    length = length or max(len(tokens) for tokens, _ in rows)
+def padded(rows, pad=logbert.PAD):
+    """List of (tokens, labels) -> two (B, T) int64, padded to the longest of them."""
+    length = max(len(tokens) for tokens, _ in rows)
     return [torch.tensor([row + [fill] * (length - len(row)) for row in column])
             for column, fill in zip(zip(*rows), (pad, IGNORE))]
 
-def token_loss(made, length, pad=logbert.PAD):
+def token_loss(made, pad=logbert.PAD):
     """For plain_steps: the loss of a model of transformers; and a collate_fn, where made(row) -> tokens, labels."""
     def loss_of(model, tokens, labels):
         logits = model(input_ids=tokens, attention_mask=tokens != pad).logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return loss_of, lambda rows: padded([made(row) for row in rows], length, pad)
+    return loss_of, lambda rows: padded([made(row) for row in rows], pad)
 
 PLAIN = "DataLoader, shuffled, AdamW, clip_grad_norm_, loss.item()"     # what plain_steps is, in the table
 def plain_steps(device, config, model, rows, steps, loss_of, collate=None):
@@ -233,42 +304,24 @@ def next_tokens(ids):
     return ids[:-1].tolist(), ids[1:].tolist()
 
 MOSES = 1_584_663                                   # molecules of its train split
-PEAKS = {"H100 80GB HBM3": 989e12, "H200$": 989e12, "A100": 312e12}     # of these names, in dense bfloat16 FLOP/s
-def mfu(device, rate, *models):
-    """FLOP/s of so many tokens/s through a model in training, and its teacher, as a share of the device's."""
-    sizes = [(each, sum(p.numel() for p in model.parameters())) for each, model in zip((6, 2), models)]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = next((peak for known, peak in PEAKS.items() if re.search(known, name)), None)
-    share = f"{rate * sum(each * n for each, n in sizes) / peak:.1%}" if peak else "-"      # not known
-    return f"; MFU {share} ({' + '.join(f'{each} x {n:,}' for each, n in sizes)} parameters x tokens/s)"
-
-def utilization(config, data, rate, device):
-    """What else is known of a GPU that trains on so many molecules/s."""
-    share = mfu(device, rate * data.length[data.rows["train"]].mean(), new_model(edl, config, data, device))
-    return f"{share}; computed: {MOSES / rate:,.0f} s for {MOSES:,} molecules"
-
-def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5, longest=False):
+def edl_train(device, pairs, config, steps=edl.WINDOW, turns=5):
     transformers, data = peer("transformers"), edl.load_data(config, device)
-    table, length = data.table.cpu().numpy(), data.block if longest else 0
-    starts, lengths = (column[data.rows["train"]].tolist() for column in (data.start, data.length))
-    rows = [table[start:start + n + 1] for start, n in zip(starts, lengths)]
-    sides, loss_of = [our_steps(edl, device, config, steps)], token_loss(next_tokens, length, edl.EOS)
-    if transformers:
-        sides.append(plain_steps(device, config, gpt2(transformers, config, data, device), rows, steps, *loss_of))
+    table, own = data.table.cpu().numpy(), data.rows["train"]
+    rows = [table[start:start + n + 1] for start, n in zip(data.start[own].tolist(), data.length[own].tolist())]
+    sides = [our_steps(edl, device, config, steps), transformers and plain_steps(
+        device, config, gpt2(transformers, config, data, device), rows, steps, *token_loss(next_tokens, edl.EOS))]
     rates = measure(device, pairs, sides, turns)
-    more = utilization(config, data, np.median(rates[0]), device) if device.type == "cuda" or config.dry_run else ""
-    return Row("molecules/s", ">= 1.6x", "transformers", rates, peak_memory(device, sides),
+    return Row("molecules/s", ">= 1.6x", "transformers", rates, look(device, sides),
                f"optimizer steps of {config.batch_size} molecules with their batches, evidential head and guard; "
-               f"transformers GPT2LMHeadModel padded to {length or 'the longest of a batch'}, {PLAIN}{more}")
+               f"transformers GPT2LMHeadModel padded to the longest of a batch, {PLAIN}. Computed: "
+               f"{MOSES / np.median(rates[0]):,.0f} s for the {MOSES:,} molecules of MOSES")
 
 def edl_sample(device, pairs, config, steps=300, n=256):
     transformers, data = peer("transformers"), edl.load_data(config, device)
-    model = new_model(edl, config, data, device)
+    model, other = new_model(edl, config, data, device), transformers and gpt2(transformers, config, data, device)
     our_steps(edl, device, config, steps, model=model)()            # or no molecule would end
-    model.eval()
-    if transformers:
-        other = gpt2(transformers, config, data, device).eval()
-        copy_weights(model, other)
+    for each in filter(None, (model, other)):
+        copy_weights(model, each.eval()) if each is other else each.eval()
 
     def plain():
         start = torch.full((n, 1), edl.BOS, device=device)
@@ -276,13 +329,13 @@ def edl_sample(device, pairs, config, steps=300, n=256):
                                top_p=1.0, temperature=1.0, max_new_tokens=data.block)
         return len(["".join(data.vocab[i] for i in ids if i > edl.EOS) for ids in drawn.tolist()])
     sides = [lambda: len(list(edl.generate(model, n, batch_size=n))), plain if transformers else None]
-    return Row("molecules/s", ">= 3x", "transformers", measure(device, pairs, sides), peak_memory(device, sides),
+    return Row("molecules/s", ">= 3x", "transformers", measure(device, pairs, sides), look(device, sides),
                f"{n} SMILES drawn at once with a KV cache, ours with NLL and uncertainties; transformers "
                f"GPT2LMHeadModel.generate with the same weights, those of {steps} steps")
 
 def edl_head(device, pairs, config, steps=edl.WINDOW, turns=5):
     sides = [our_steps(edl, device, edl.Config(**vars(config) | {"use_edl": on}), steps) for on in (True, False)]
-    return Row("molecules/s", "<= +5 %", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
+    return Row("molecules/s", "<= +5 %", "", measure(device, pairs, sides, turns), look(device, sides),
                f"optimizer steps of {config.batch_size} molecules with the evidential head; with a plain softmax", True)
 
 @contextlib.contextmanager
@@ -321,8 +374,8 @@ def edl_pair(device, pairs, config, steps=edl.WINDOW, turns=5):
     one, single = our_steps(edl, device, config, steps), device.type == "cuda" and torch.cuda.device_count() < 2
     with contextlib.nullcontext() if single else two_workers(device, config, steps) as two:
         rates = measure(device, pairs, [two, one], turns)
-    return Row("molecules/s", ">= 1.8x", "", rates, [], f"optimizer steps of {config.batch_size} molecules each in two "
-               "processes under DDP; in one alone; one thread each")
+    return Row("molecules/s", ">= 1.8x", "", rates, None, f"optimizer steps of {config.batch_size} molecules each in "
+               "two processes under DDP; in one alone; one thread each")
 
 # ---------------------------------------------------------------------------------------------------- train_logbert
 def bert(transformers, config, data):
@@ -344,15 +397,14 @@ def masked_at_random(keys):
     share = random.uniform(0, 0.5)
     return masked(keys, {place for place in range(len(keys)) if random.random() < share})
 
-def logbert_train(device, pairs, config, steps=2 * logbert.WINDOW, turns=10, length=0):
+def logbert_train(device, pairs, config, steps=2 * logbert.WINDOW, turns=10):
     transformers, data = peer("transformers"), logbert.load_data(config, device)
     rows = [data.session(row).ids.tolist() for row in data.rows["train"]]
-    sides, loss_of = [our_steps(logbert, device, config, steps)], token_loss(masked_at_random, length)
-    if transformers:
-        sides.append(plain_steps(device, config, bert(transformers, config, data), rows, steps, *loss_of))
-    return Row("sessions/s", ">= 3x", "transformers", measure(device, pairs, sides, turns), peak_memory(device, sides),
-               f"optimizer steps of {config.batch_size} sessions with their batches; transformers BertForMaskedLM, "
-               f"masks in Python, padded to {length or 'the longest of a batch'}, {PLAIN}")
+    sides = [our_steps(logbert, device, config, steps), transformers and plain_steps(
+        device, config, bert(transformers, config, data), rows, steps, *token_loss(masked_at_random))]
+    return Row("sessions/s", ">= 3x", "transformers", measure(device, pairs, sides, turns), look(device, sides),
+               f"optimizer steps of {config.batch_size} sessions with their batches and guard; transformers "
+               f"BertForMaskedLM, masks in Python, padded to the longest of a batch, {PLAIN}")
 
 def logbert_score(device, pairs, config, view, sample=100):
     config, transformers = logbert.Config(**vars(config) | {"view": view}), peer("transformers")
@@ -376,7 +428,7 @@ def logbert_score(device, pairs, config, view, sample=100):
             nll += (-logp[here].gather(1, labels[here][:, None])[:, 0]).tolist()
         return len(np.maximum.reduceat(nll, first))     # each session's worst key
     sides = [distinct, plain if transformers else None]
-    return Row("sessions/s", ">= 10x", "transformers", measure(device, pairs, sides), peak_memory(device, sides),
+    return Row("sessions/s", ">= 10x", "transformers", measure(device, pairs, sides), look(device, sides),
                f"the {len(rows):,} test sessions, equal {'multisets' if view == 'bag' else 'sequences'} once; "
                f"transformers BertForMaskedLM, {len(drawn)} of them drawn with a seed, keys masked "
                "in turn, DataLoader, 64 rows at once")
@@ -418,7 +470,7 @@ def student_train(device, pairs, config, steps=4, turns=5, most=4_000):
         return student.compute_loss(model, batch, 0, config)[0]
     sides = [our_steps(student, device, config, steps),
              plain_steps(device, config, dense_student(new_model(student, config, data, device)), rows, steps, loss_of)]
-    return Row("spectra/s", ">= 1x", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
+    return Row("spectra/s", ">= 2x", "", measure(device, pairs, sides, turns), look(device, sides),
                f"optimizer steps of {config.batch_size} spectra with their batches and guard, no teacher; the same "
                f"model and loss in plain PyTorch, nn.Linear on dense rows, {len(rows):,} in memory, {PLAIN}")
 
@@ -439,8 +491,8 @@ def student_predict(device, pairs, config, n=256, turns=2):
     torch.set_num_threads(1)
     torch.testing.assert_close(mine(), plain(), rtol=0, atol=1e-3)
     sides = [lambda: len(mine()), lambda: len(plain())]
-    rates, memory = measure(device, pairs, sides, turns), peak_memory(device, sides)
-    return Row("molecules/s", "<= 1 ms per molecule", "", rates, memory,
+    rates, seen = measure(device, pairs, sides, turns), look(device, sides)
+    return Row("molecules/s", "<= 1 ms per molecule", "", rates, seen,
                f"SMILES to spectra, {n} at once, one thread, {1000 / np.median(rates[0]):.2f} ms each; RDKit's "
                "fingerprints as dense rows, the same fragments, the same model with nn.Linear")
 
@@ -501,7 +553,7 @@ def adapter_step(device, pairs, config, steps=1, turns=2, compiled=False):
         unet.compile(backend="inductor" if device.type == "cuda" else "eager")
     trained, frozen = (sum(p.numel() for p in model.base.parameters() if p.requires_grad == is_it) for is_it in (1, 0))
     return Row("images/s", ">= 1.2x" if compiled else ">= 1.0x, memory <= .8x", "diffusers",
-               measure(device, pairs, sides, turns), peak_memory(device, sides),
+               measure(device, pairs, sides, turns), look(device, sides, not compiled),
                f"optimizer steps of {config.batch_size} cached latents {data.table['latents'].shape[1:]}, {trained:,} "
                f"trained and {frozen:,} frozen parameters{', both compiled' * compiled}, guard; diffusers UNet with "
                f"gated layers of the same weights, {PLAIN}")
@@ -523,30 +575,24 @@ def adapter_cached(device, pairs, config, steps=1, turns=2):
                 vae.encode(pictures), text(captions), text(phrases)
         return cached()
     sides = [cached, encoding]
-    return Row("images/s", ">= 1.5x", "", measure(device, pairs, sides, turns), peak_memory(device, sides),
+    return Row("images/s", ">= 1.5x", "", measure(device, pairs, sides, turns), look(device, sides),
                f"the first row's steps; the same, and pictures of {pixels} through a VAE of widths {widths}, captions "
                f"of 77 tokens and 4 phrases of 8 a row through a CLIP of {layers} layers {D} wide each time")
 
 # ---------------------------------------------------------------------------------------------------- train_distill
-def distill_rows(device, config, full=False, most=0):
-    """The rows, at most so many, with GPT-2's 50257 ids however few of them they use; full: 64 rows of random tokens
-    that fill max_length, the whole of them supervised -> Data"""
-    vocab, n, length = 1000 if config.dry_run else 50257, 64, config.max_length
+def distill_rows(device, config):
+    """The rows, with GPT-2's 50257 ids however few of them they use -> Data"""
     own = dataclasses.replace(config, student="tiny", teacher="")   # a set's tokenizer is not that of random models
-    data, draw = distill.load_data(own, device), np.random.default_rng(0)
-    if full:
-        table = torch.from_numpy(draw.integers(vocab, size=n * length, dtype=np.int32)).to(device)
-        data = dataclasses.replace(data, table=table, start=np.arange(n) * length, length=np.full(n, length - 1),
-                                   first=np.zeros(n, np.int64), rows={"train": np.arange(n)})
-    rows = draw.permutation(data.rows["train"])
-    return dataclasses.replace(data, vocab=max(vocab, data.vocab), rows={"train": rows[:most or None]})
+    data = distill.load_data(own, device)
+    rows = np.random.default_rng(0).permutation(data.rows["train"])
+    return dataclasses.replace(data, vocab=max(1000 if config.dry_run else 50257, data.vocab), rows={"train": rows})
 
 GPT2S = {"dry": ((16, 1, 2), (32, 2, 2)), "cpu": ((256, 4, 4), (384, 6, 6)),     # width, layers, heads of the student
          "cuda": ((768, 12, 12), (1280, 36, 20))}   # and of its teacher; GPT-2 and GPT-2 large
 @contextlib.contextmanager
-def distill_models(device, config, full=False, most=0):
+def distill_models(device, config):
     """-> distill_rows, and the Config of a GPT-2 and its teacher, of random weights, in two folders beside them."""
-    data = distill_rows(device, config, full, most)
+    data = distill_rows(device, config)
     sizes = GPT2S["dry" if config.dry_run else device.type]
     with tempfile.TemporaryDirectory() as folder:
         for seed, (name, (width, layers, heads)) in enumerate(zip(("student", "teacher"), sizes)):
@@ -554,7 +600,6 @@ def distill_models(device, config, full=False, most=0):
             raw = dict(model_type="gpt2", vocab_size=data.vocab, n_positions=config.max_length, n_embd=width,
                        n_layer=layers, n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
             distill.save_hf(distill.Decoder(raw), f"{folder}/{name}")
-        data.folder = Path(folder)                  # for the cache too
         yield data, dataclasses.replace(config, student=f"{folder}/student", teacher=f"{folder}/teacher")
 
 def original_loss(logits, teacher_logits, ce, config):
@@ -573,9 +618,9 @@ def taken(data, step, config):
     n, size = config.batch_size, max(1, min(distill.WINDOW, len(data.rows["train"]) // config.batch_size // 4))
     return distill.bucketed_rows(data, "train", n, config.seed, step // size, size)[step % size]
 
-def trainer_steps(device, config, data, steps, length=0):
-    """-> a side: `steps` optimizer steps of transformers' Trainer with original_loss, on our batches, padded to length,
-    or to their longest. Its start-up is 1 to 3 % of four such steps."""
+def trainer_steps(device, config, data, steps):
+    """-> a side: `steps` optimizer steps of transformers' Trainer with original_loss, on our batches, padded to their
+    longest. Its start-up is 1 to 3 % of four such steps."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     model, teacher = (transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
@@ -591,7 +636,7 @@ def trainer_steps(device, config, data, steps, length=0):
             return original_loss(outputs.logits, taught.logits, outputs.loss, config)
 
     def collate(rows):
-        tokens, labels = padded(rows, length, -1)
+        tokens, labels = padded(rows, -1)
         return {"input_ids": tokens.clamp(min=0), "labels": labels, "attention_mask": (tokens >= 0).long()}
 
     arguments = transformers.TrainingArguments(
@@ -610,28 +655,18 @@ def trainer_steps(device, config, data, steps, length=0):
         return steps * config.batch_size
     return side
 
-def distill_train(device, pairs, config, steps=4, turns=1, longest=False, cached=False, full=None):
-    full = device.type == "cuda" and not longest if full is None else full      # a GPU's MFU is that of full rows
-    length, there = 0 if longest else config.max_length, peer("accelerate") and peer("transformers")
-    with distill_models(device, config, full, 96 * cached) as (data, config):
-        if cached:
-            config = dataclasses.replace(config, cache_teacher=64)
-            data = dataclasses.replace(data, cache=cached_teacher(distill, config, data))
+def distill_train(device, pairs, config, steps=4, turns=1):
+    there = peer("accelerate") and peer("transformers")
+    with distill_models(device, config) as (data, config):
         sides = [our_steps(distill, device, config, steps, data=data),
-                 trainer_steps(device, config, data, steps, length) if there else None]
-        rates = measure(device, pairs, sides, turns) * data.length[data.rows["train"]].mean()
-        memory, more = peak_memory(device, sides), ""
-        if device.type == "cuda" or config.dry_run:
-            models = [distill.load_hf(folder, device) for folder in (config.student, config.teacher)]
-            more = mfu(device, np.median(rates[0]), *models)
-    share = data.asked[data.rows["train"]].sum() / data.length[data.rows["train"]].sum()
-    rows = f"rows of {config.max_length} random tokens" if full else f"rows, {share:.0%} of their tokens supervised"
-    return Row("tokens/s, without pads", ">= 2x" if cached else ">= 1x" if longest else ">= 1.5x",
-               "transformers accelerate", rates, memory,
-               f"optimizer steps of {config.batch_size} {rows}, GPT-2s of {data.vocab:,} ids, teacher "
-               f"{'cached, 64 a token' if cached else 'asked each time'}, guard; transformers Trainer, {steps} "
-               f"step{'s' * (steps > 1)} a piece, KL of all positions, the same weights and batches, padded to "
-               f"{length or 'their longest'}{more}")
+                 trainer_steps(device, config, data, steps) if there else None]
+        rates, seen = measure(device, pairs, sides, turns), look(device, sides)
+    tokens = data.length[data.rows["train"]].mean()         # of a row
+    seen.work *= tokens
+    return Row("tokens/s, without pads", ">= 1.5x", "transformers accelerate", rates * tokens, seen,
+               f"optimizer steps of {config.batch_size} rows, {data.asked[data.rows['train']].mean() / tokens:.0%} of "
+               f"their tokens supervised, GPT-2s of {data.vocab:,} ids, guard; transformers Trainer, {steps} steps a "
+               "piece, KL of all positions, the same weights and batches, padded to their longest")
 
 def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
     torch.manual_seed(0)
@@ -657,47 +692,40 @@ def distill_loss(device, pairs, config, vocab, B, T=512, widths=(768, 1280)):
         h.grad = W.grad = None
         return n
     sides = [functools.partial(side, loss_of) for loss_of in (chunked, whole)]
-    rates, peaks = measure(device, pairs, sides), peak_memory(device, sides)
-    memory = [peak - 4 * (W.numel() + h.numel()) for peak in peaks]
-    return Row("positions/s", "<= 100 MiB on a CPU", "", rates, memory,
+    rates, seen = measure(device, pairs, sides), look(device, sides)
+    seen.memory = memory = [peak - 4 * (W.numel() + h.numel()) for peak in seen.memory]
+    return Row("positions/s", "memory <= .1x", "", rates, seen,
                f"loss and backward of {n} supervised positions of {B} x {T}, widths {widths[0]} and {widths[1]}: "
                f"{memory[0] / 2 ** 20:,.0f} MiB; logits (B, T, V) of both models, the same formula as the Trainer's: "
                f"{memory[1] / 2 ** 20:,.0f} MiB; both above weights and inputs and without the gradients of these")
-
-def distill_guard(device, pairs, config, steps=2, turns=3):
-    with distill_models(device, config) as (data, config):
-        return guard_cost(device, pairs, config, distill, "rows/s", steps, turns, data)
 
 # ------------------------------------------------------------------------------------------------------------- main
 TINY = dict(steps=1, turns=1)
 ROWS = {                                            # a function, what it is told, and what else in a dry run
     "train_edl train": (edl_train, {}, TINY),
-    "train_edl train, peer padded to the longest row": (edl_train, dict(longest=True, turns=3), TINY),
     "train_edl sample": (edl_sample, {}, dict(steps=2, n=8)),
     "train_edl evidential head on / off": (edl_head, {}, TINY),
-    "train_edl guard on / off": (guard_cost, dict(script=edl, unit="molecules/s"), TINY),
     "train_edl two processes / one": (edl_pair, {}, TINY),
-    "train_logbert train": (logbert_train, {}, TINY),
-    "train_logbert train, peer padded to 512": (logbert_train, dict(steps=4, turns=1, length=512), dict(steps=1)),
-    "train_logbert score, bag view": (logbert_score, dict(view="bag"), dict(sample=3)),
-    "train_logbert score, ordered view": (logbert_score, dict(view="ordered"), dict(sample=3)),
-    "train_logbert guard on / off": (guard_cost, dict(script=logbert, unit="sessions/s"), TINY),
     "train_student train": (student_train, {}, TINY),
     "train_student predict": (student_predict, {}, dict(n=8, turns=1)),
-    "train_student guard on / off": (guard_cost, dict(script=student, unit="spectra/s", turns=5), TINY),
-    "train_distill train": (distill_train, dict(steps=2), TINY | dict(full=True)),
-    "train_distill train, peer padded to its longest": (distill_train, dict(longest=True), TINY),
-    "train_distill train, teacher cached": (distill_train, dict(longest=True, cached=True), TINY),
-    "train_distill loss memory, V 50257": (distill_loss, dict(vocab=50257, B=2), dict(vocab=499, T=20)),
-    "train_distill loss memory, V 151936": (distill_loss, dict(vocab=151936, B=1), dict(vocab=499, T=20)),
-    "train_distill guard on / off": (distill_guard, {}, TINY),
+    "train_distill train": (distill_train, {}, TINY),
+    "train_distill loss, V 50257": (distill_loss, dict(vocab=50257, B=2), dict(vocab=499, T=20)),
+    "train_distill loss, V 151936": (distill_loss, dict(vocab=151936, B=1), dict(vocab=499, T=20)),
     "train_adapter step": (adapter_step, {}, TINY),
     "train_adapter step, both compiled": (adapter_step, dict(compiled=True), TINY),      # with --gpu
     "train_adapter step, latents and texts cached": (adapter_cached, {}, TINY),
-    "train_adapter guard on / off": (guard_cost, dict(script=adapter, unit="images/s", turns=5), TINY),
+    "train_logbert train": (logbert_train, {}, TINY),
+    "train_logbert score, bag view": (logbert_score, dict(view="bag"), dict(sample=3)),
+    "train_logbert score, ordered view": (logbert_score, dict(view="ordered"), dict(sample=3)),
 }
-SCRIPTS = {"train_edl": (edl, "molecules"), "train_student": (student, "spectra"), "train_distill": (distill, "text"),
-           "train_adapter": (adapter, "scenes")}
+SETS = {"train_edl": (edl, "molecules", "molecules/s"), "train_student": (student, "spectra", "spectra/s"),
+        "train_distill": (distill, "text", "rows/s"), "train_adapter": (adapter, "scenes", "images/s"),
+        "train_logbert": (logbert, "logs", "sessions/s")}       # script, kind of data, unit
+for _name, (_script, _kind, _unit) in SETS.items():
+    about = dict(script=_script, unit=_unit)
+    ROWS |= {f"{_name} guard on / off": (guard_cost, about, TINY), f"{_name} 16x / 1x the rows": (
+        growth, about | dict(kind=_kind), TINY | dict(sizes=(200, 210, 220)))}
+ROWS = dict(sorted(ROWS.items(), key=lambda row: [*SETS].index(row[0].split()[0])))
 CHANGED = {student: {"phase": "student"}, distill: {"phase": "student", "batch_size": 4},
            adapter: adapter.DEMO | {"phase": "adapter"}}
 
@@ -705,7 +733,7 @@ def settings(script, device, dry_run, data_dir=""):
     """The script's own Config on this device; without a teacher, or as for a user's own models."""
     large = script is distill and device.type == "cuda"
     return script.Config(**(getattr(script, "CPU", {}) if device.type == "cpu" else {}) | CHANGED.get(script, {})
-                         | (dict(dtype="bfloat16", batch_size=8, max_length=1024) if large else {})
+                         | (dict(dtype="bfloat16", batch_size=64) if large else {})
                          | (script.DRY | {"dry_run": True} if dry_run else {}), data_dir=data_dir)
 
 def main(argv=None):
@@ -714,7 +742,7 @@ def main(argv=None):
     parser.add_argument("--full", action="store_true", help="15 pairs instead of 5")
     parser.add_argument("--gpu", action="store_true", help="on cuda")
     parser.add_argument("--dry_run", action="store_true", help="1 pair of tiny sizes: does every row run?")
-    for name, (_, flag) in SCRIPTS.items():
+    for name, (_, flag, _) in SETS.items():
         parser.add_argument(f"--{flag}", default="", help=f"prepared set of {name}'s rows; empty: the demo set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)         # see two_workers
@@ -735,16 +763,17 @@ def main(argv=None):
     names = "torch", "diffusers", "transformers", "accelerate"
     found = [f"{name} {it.__version__}" for name in names if (it := peer(name))]
     print(f"{where}, torch threads: {flags.threads}, {', '.join(found)}; medians of {pairs} pairs (range)\n\n"
-          "| row | ours | peer | unit | ratio | goal | peak of tensors, ours / peer | what was compared |\n"
-          "|---|---|---|---|---|---|---|---|", flush=True)
+          "| row | ours | peer | unit | ratio | goal | peak of tensors, ours / peer | ours to its floor; longest | "
+          "what was compared |\n" + "|---" * 9 + "|", flush=True)
     for name in chosen:
         row, more, tiny = ROWS[name]
-        script, flag = SCRIPTS.get(name.split()[0], (logbert, ""))
-        config = settings(script, device, flags.dry_run, getattr(flags, flag, ""))
+        script, flag, _ = SETS[name.split()[0]]
+        config = settings(script, device, flags.dry_run, getattr(flags, flag))
         torch.set_num_threads(flags.threads)                    # the row before may have changed that
         with contextlib.redirect_stdout(sys.stderr):            # what the scripts say is no line of the table
             done = row(device, pairs, config, **more | (tiny if flags.dry_run else {}))
-        print(line(name, done), flush=True)
+            above = floor(done, device, pick_dtype(config.dtype, device)[0])
+        print(line(name, done, above), flush=True)
 
 if __name__ == "__main__":
     main()

@@ -246,7 +246,7 @@ class Student(nn.Module):
             chosen = (logits.detach() + self.bias).topk(self.config.top_k).indices
             mixed = logits + self.bias if self.config.bias_in_weights else logits
             weights = torch.zeros_like(logits).scatter(1, chosen, mixed.gather(1, chosen).softmax(1))
-            load = F.one_hot(chosen, len(self.bias)).sum((0, 1)).float()
+            load = torch.zeros_like(logits).scatter(1, chosen, 1.0).sum(0)     # one_hot would ask the host
         if self.training:
             self.chosen[batch["micro"]] = load
         h = F.gelu(self.norm(sum(weights[:, i:i + 1] * expert(h) for i, expert in enumerate(self.experts))))

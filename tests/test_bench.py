@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bench
 from bench import adapter, distill, edl, logbert, student
@@ -29,14 +31,14 @@ def one_thread():
 
 
 def made(ours, theirs, **more):
-    row = dict(unit="rows/s", goal=">= 1x", peer="some_peer", memory=[], compared="nothing")
+    row = dict(unit="rows/s", goal=">= 1x", peer="some_peer", seen=None, compared="nothing")
     return bench.Row(rates=np.array([ours, theirs] if theirs else [ours], float), **row | more)
 
 
 def test_a_ratio_is_the_median_of_the_pairs_ratios():
     row = made([10, 30, 90, 8, 50], [10, 10, 10, 4, 100])        # 1, 3, 9, 2, .5; the medians alone would give 3
     assert bench.ratio(row) == "2.0x (0.5 ... 9.0)"
-    assert bench.line("name", row) == "| name | 30 | 10 | rows/s | 2.0x (0.5 ... 9.0) | >= 1x | - | nothing |"
+    assert bench.line("name", row) == "| name | 30 | 10 | rows/s | 2.0x (0.5 ... 9.0) | >= 1x | - | - | nothing |"
 
 
 def test_a_cost_is_the_time_on_top():
@@ -47,16 +49,70 @@ def test_rates_are_amounts_over_seconds_of_interleaved_turns(monkeypatch):
     order, clock = [], iter(np.cumsum([0, 1, 0, 2, 0, 3, 0, 4, 0, 1, 0, 1, 0, 1, 0, 1]).tolist())
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     rates = bench.measure(CPU, 2, [lambda: order.append("a") or 8, None, lambda: order.append("b") or 12], turns=2)
-    assert order == ["a", "b"] * 5                               # the first of each is untimed
-    assert rates.tolist() == [[16 / (1 + 3), 8], [24 / (2 + 4), 12]]
+    assert order == ["a", "b"] + ["a", "b", "b", "a"] * 2        # the first of each is untimed
+    assert rates.tolist() == [[16 / (1 + 4), 8], [24 / (2 + 3), 12]]
 
 
 def test_memory_is_the_peak_of_tensors():
     def twice():
         a = torch.empty(1 << 20)
         del a
-        return torch.empty(1 << 20), torch.empty(1 << 19)
-    assert bench.peak_memory(CPU, [None, twice]) == [6 << 20]
+        return 7 * len([torch.empty(1 << 20), torch.empty(1 << 19)])
+
+    def product():
+        return len([torch.ones(400, 400) @ torch.ones(400, 400) for _ in range(20)])
+    seen = bench.look(CPU, [twice, None, product])
+    assert seen.memory[0] == 6 << 20 and seen.memory[1] >= 3 * 4 * 400 ** 2 and seen.work == 14
+    assert bench.look(CPU, [product]).longest.startswith("mm ") and bench.look(CPU, [twice], False).cost is None
+
+
+def cost_of(function):
+    with bench.Cost() as cost:
+        function()
+    return cost.flops, cost.moved, cost.reads
+
+
+def test_a_cost_counts_products_bytes_and_reads():
+    a, b, table = torch.randn(3, 5), torch.randn(5, 7), torch.randn(1000, 6)
+    assert cost_of(lambda: a @ b) == (2 * 3 * 5 * 7, 0, 0)
+    assert cost_of(lambda: a + 1) == (0, 2 * 60, 0) and cost_of(lambda: a.add_(1)) == (0, 2 * 60, 0)
+    assert cost_of(lambda: a.view(-1)[:3].detach()) == (0, 0, 0)      # a view moves nothing
+    assert cost_of(lambda: table[torch.tensor([3])])[1] <= 2 * 24 + 2 * 8                       # nor does what is not picked
+    assert cost_of(lambda: a.sum().item())[2] == 1 and cost_of(lambda: (a > 0).nonzero())[2] == 1
+    q = torch.randn(2, 4, 300, 16, requires_grad=True)
+    flops = cost_of(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())[0]
+    assert flops == 2 * 2 * 4 * 300 * 300 * 16 * (2 + 5)        # two products forwards, five backwards, one made again
+
+
+def test_a_floor_is_products_and_copies_at_measured_rates(monkeypatch):
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: [1e9, 1e8])
+    row = made([50, 100, 150], [1, 1, 1])
+    assert bench.floor(row, CPU, torch.float32) == "-"
+    row = row._replace(seen=SimpleNamespace(cost=SimpleNamespace(flops=3e8, moved=1e7), work=80, longest="mm 40%"))
+    assert bench.floor(row, CPU, torch.float32) == "2.0x, 75% of it products; mm 40%"           # .8 s to .3 + .1
+    for name, mfu in {"NVIDIA A100-SXM4-80GB": "20.0%", "NVIDIA H100 80GB HBM3": "6.3%", "NVIDIA H100 PCIe": "",
+                      "NVIDIA H200": "6.3%", "NVIDIA H200 NVL": ""}.items():
+        row.seen.cost.flops = 0.2 * 312e12 * 0.8
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert bench.floor(row, torch.device("cuda"), torch.float32).endswith(f"mm 40%; MFU {mfu}" if mfu else "mm 40%")
+
+
+def test_ceilings_are_rates():
+    products, copies = bench.ceilings(CPU, torch.float32)
+    assert 1e9 < products < 1e14 and 1e8 < copies < 1e13
+
+
+@SCRIPTS
+def test_the_host_reads_nothing_in_a_step(script):
+    """Evaluations, saves and log lines read; the steps between them do not, on whatever device."""
+    row = bench.guard_cost(CPU, 1, SMALL[script], script, "rows/s", 2, 1)
+    assert "In 2 steps the host reads the device 0 times" in row.compared and row.seen.cost.flops > 0
+
+
+def test_growth_is_told_with_what_prepare_takes():
+    row = bench.growth(CPU, 1, SMALL[logbert], logbert, "logs", "sessions/s", 1, 1, (200, 210, 220))
+    assert row.rates.shape == (2, 1) and " % (" in bench.ratio(row) and len(row.seen.memory) == 2
+    assert re.search(r"on 220 rows; on 200\..*: 200 rows in [\d.]+ s, 0\.\d\d MB; 210 rows in .*; 220 rows", row.compared)
 
 
 def rows_with(peer, pairs):
@@ -66,7 +122,6 @@ def rows_with(peer, pairs):
         return [bench.adapter_step(CPU, pairs, SMALL[adapter], **tiny),
                 bench.adapter_step(CPU, pairs, SMALL[adapter], **tiny, compiled=True)]
     return [bench.edl_train(CPU, pairs, SMALL[edl], **tiny),
-            bench.edl_train(CPU, pairs, SMALL[edl], **tiny, longest=True),
             bench.edl_sample(CPU, pairs, SMALL[edl], steps=1, n=3),
             bench.logbert_train(CPU, pairs, SMALL[logbert], **tiny),
             bench.logbert_score(CPU, pairs, SMALL[logbert], "bag"),
@@ -110,12 +165,10 @@ def test_the_peer_reads_and_is_asked_what_we_are():
     rows = data.rows["train"][:5]
     batch = edl.get_rows(data, rows)
     drawn = [data.table[s:s + n + 1].numpy() for s, n in zip(data.start[rows], data.length[rows])]
-    tokens, labels = bench.token_loss(bench.next_tokens, 0, edl.EOS)[1](drawn)
+    tokens, labels = bench.token_loss(bench.next_tokens, edl.EOS)[1](drawn)
     assert torch.equal(tokens != edl.EOS, batch["mask"]) and torch.equal(labels != bench.IGNORE, batch["mask"])
     assert torch.equal(tokens[batch["mask"]], batch["tokens"][batch["mask"]])
     assert torch.equal(labels[batch["mask"]], batch["targets"][batch["mask"]])
-    longest = bench.token_loss(bench.next_tokens, data.block, edl.EOS)[1](drawn[:1])
-    assert [column.shape for column in longest] == [(1, data.block)] * 2
 
 
 # ------------------------------------------------------------------------------------------------ peers of a student
@@ -187,7 +240,7 @@ def test_the_plain_student_learns_by_our_loss_from_our_rows(spectra, monkeypatch
         assert torch.equal(batch["fingerprint"], fingerprint) and torch.equal(batch["mass"], mass)
         assert torch.equal(batch["fragments"], fragments) and (batch["are_own"].sum(1) == 1).all()
         own = batch["rivals"][batch["are_own"].nonzero()[:, 1]]         # whose own spectrum is not a rival
-        assert torch.equal(own, spectra.dense(spectra.first[owner]).sqrt())
+        torch.testing.assert_close(own, student.weigh(spectra.dense(spectra.first[owner]).sqrt()), rtol=0, atol=1e-6)
     assert len(set(drawn)) > 0.8 * len(drawn)       # shuffled, without repeats within an epoch
 
 
@@ -261,11 +314,8 @@ def test_gine_of_torch_geometric_is_ours(installed, spectra):
 
 # ----------------------------------------------------------------------------------------- peers of train_distill
 def text_rows(pairs):
-    """The rows that have the Trainer beside them, tiny."""
-    config, tiny = SMALL[distill], dict(steps=1, turns=1)
-    return [bench.distill_train(CPU, pairs, config, **tiny), bench.distill_train(CPU, pairs, config, **tiny, full=True),
-            bench.distill_train(CPU, pairs, config, **tiny, longest=True),
-            bench.distill_train(CPU, pairs, config, **tiny, longest=True, cached=True)]
+    """The row that has the Trainer beside it, tiny."""
+    return [bench.distill_train(CPU, pairs, SMALL[distill], steps=1, turns=1)]
 
 
 @pytest.mark.parametrize("gone", ["transformers", "accelerate"])
@@ -280,12 +330,8 @@ def test_a_missing_trainer_is_said(gone, monkeypatch):
 
 def test_rows_with_the_trainer(capsys):
     pytest.importorskip("transformers"), pytest.importorskip("accelerate")
-    padded, full, longest, cached = text_rows(2)
-    for row in padded, full, longest, cached:
-        assert row.rates.shape == (2, 2) and (row.rates > 0).all() and "x (" in bench.ratio(row)
-        assert "; MFU - (6 x 27,504 + 2 x 73,8" in row.compared
-    assert "padded to 512" in padded.compared and "512 random tokens" in full.compared
-    assert "padded to their longest" in longest.compared and "cached, 64 a token" in cached.compared
+    row, = text_rows(2)
+    assert row.rates.shape == (2, 2) and (row.rates > 0).all() and "x (" in bench.ratio(row)
     out = capsys.readouterr().out
     assert "loss" not in out and "{" not in out     # neither of them talks during what is timed
 
@@ -311,18 +357,17 @@ def sums(logits, taught, tokens, asked, T):
     return T ** 2 * (log_p.exp() * (log_p - log_q)).sum(1), ce[asked[:-1]]
 
 
-@pytest.mark.parametrize("length", [0, 200])
-def test_the_trainer_takes_our_rows_and_the_original_formula(length, small_text, monkeypatch):
+def test_the_trainer_takes_our_rows_and_the_original_formula(small_text, monkeypatch):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     (data, config), seen, plain = small_text, [], bench.original_loss
     monkeypatch.setattr(bench, "original_loss", lambda *about: seen.append((about, plain(*about))) or seen[-1][1])
-    side = bench.trainer_steps(CPU, config, data, 2, length)
+    side = bench.trainer_steps(CPU, config, data, 2)
     assert side() == 2 * config.batch_size and side() and len(seen) == 4
     models = [transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
               for folder in (config.student, config.teacher)]
     rows = [bench.taken(data, bench.FIRST + i, config) for i in range(4)]
-    width = length or data.length[rows[0]].max() + 1
+    width = data.length[rows[0]].max() + 1
     kd, ce, fine = 0.0, [], 0
     for row in rows[0]:
         n = data.length[row] + 1
@@ -341,8 +386,7 @@ def test_the_trainer_takes_our_rows_and_the_original_formula(length, small_text,
     assert logits.shape == (config.batch_size, width, data.vocab) and len(ce) == fine
     assert its_ce.item() == pytest.approx(float(ce.mean()), rel=1e-5) and float(ce.mean()) > 1
     assert loss.item() == pytest.approx(float(0.5 * kd / config.batch_size + 0.5 * ce.mean()), rel=1e-4)
-    assert [len(about[0][0]) for about, _ in seen] == ([width] * 4 if length else [
-        data.length[some].max() + 1 for some in rows])           # it goes on where it was
+    assert [len(about[0][0]) for about, _ in seen] == [data.length[some].max() + 1 for some in rows]     # it goes on
     assert float(seen[0][1]) != float(seen[1][1])
 
 
@@ -377,30 +421,14 @@ def test_the_rows_of_a_step_are_those_of_our_batches(small_text):
             assert labels == [bench.IGNORE] * (first + 1) + ids[first + 1:] and first > 0
 
 
-def test_rows_of_random_tokens_are_full():
-    data = bench.distill_rows(CPU, SMALL[distill], full=True)
-    batch = distill.get_batch(data, "train", 0, SMALL[distill])
-    assert batch["tokens"].shape == (3, 511) and batch["count"] == len(batch["place"]) == 3 * 511
-    assert data.vocab == 1000 and 900 < int(data.table.max()) < 1000
-
-
-def test_the_cache_is_used(monkeypatch):
-    seen, loss = [], distill.compute_loss
-    monkeypatch.setattr(distill, "compute_loss", lambda model, batch, *more: seen.append("top" in batch)
-                        or loss(model, batch, *more))
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    bench.distill_train(CPU, 1, SMALL[distill], steps=1, longest=True, cached=True)
-    assert seen == [True] * 3                       # untimed, timed, and once more for its memory
-
-
 def test_loss_memory_is_without_weights_and_gradients(monkeypatch):
     monkeypatch.setitem(distill.CHUNK, "cpu", 1 << 16)
     row = bench.distill_loss(CPU, 1, SMALL[distill], 20_000, 2, 64, (32, 48))
     size = 4 * 2 * 64 * 20_000                      # of all logits of one model
-    assert 3 * size < row.memory[1] < 9 * size and 3 << 18 < row.memory[0] < 8 << 18
-    monkeypatch.setattr(bench, "peak_memory", lambda device, sides: [10 ** 8, 10 ** 9])
+    assert 3 * size < row.seen.memory[1] < 9 * size and 3 << 18 < row.seen.memory[0] < 8 << 18
+    monkeypatch.setattr(bench, "look", lambda device, sides: SimpleNamespace(memory=[10 ** 8, 10 ** 9]))
     row = bench.distill_loss(CPU, 1, SMALL[distill], 2_000, 2, 64, (32, 48))
-    assert row.memory == [peak - 4 * 32 * (2_000 + 128) for peak in (10 ** 8, 10 ** 9)] and row.rates.shape == (2, 1)
+    assert row.seen.memory == [peak - 4 * 32 * (2_000 + 128) for peak in (10 ** 8, 10 ** 9)] and row.rates.shape == (2, 1)
     assert "76 positions of 2 x 64" in row.compared.replace("supervised ", "")
 
 
@@ -525,19 +553,6 @@ def test_two_processes_need_two_devices(monkeypatch):
     assert "| 1 | - | molecules/s | needs two devices |" in bench.line("name", row)
 
 
-def test_what_a_gpu_would_take_is_computed(monkeypatch):
-    data = edl.load_data(SMALL[edl])
-    size = sum(p.numel() for p in bench.new_model(edl, SMALL[edl], data, CPU).parameters())
-    assert "MFU - " in bench.utilization(SMALL[edl], data, 1000.0, CPU)
-    monkeypatch.setattr(bench, "new_model", lambda *about: torch.nn.Linear(1, size, bias=False))
-    rate = 0.25 * 312e12 / (6 * size * data.length[data.rows["train"]].mean())
-    for name, mfu in {"NVIDIA A100-SXM4-80GB": "25.0%", "NVIDIA H100 80GB HBM3": "7.9%", "NVIDIA H100 PCIe": "-",
-                      "NVIDIA H200": "7.9%", "NVIDIA H200 NVL": "-"}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        text = bench.utilization(SMALL[edl], data, rate, torch.device("cuda"))
-        assert f"MFU {mfu} (" in text and f"computed: {1_584_663 / rate:,.0f} s for 1,584,663 molecules" in text
-
-
 def test_a_row_runs_from_the_command_line(capsys):
     bench.main(["logbert guard", "--dry_run"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -571,7 +586,7 @@ def test_the_prepared_set_is_the_one_named(tmp_path):
     asked = bench.settings(distill, CPU, False, "some/where")
     assert asked == distill.Config(batch_size=4, max_length=512, data_dir="some/where", phase="student")
     asked = bench.settings(distill, torch.device("cuda"), False)
-    assert asked == distill.Config(batch_size=8, max_length=1024, dtype="bfloat16", phase="student")
+    assert asked == distill.Config(batch_size=64, dtype="bfloat16", phase="student")
     assert bench.settings(adapter, CPU, False) == adapter.Config(**adapter.DEMO, phase="adapter")
 
 
@@ -579,11 +594,11 @@ def test_a_row_gets_its_own_script_and_set(monkeypatch):
     got = {}
     monkeypatch.setattr(bench, "ROWS", {name: (lambda *about, name=name: got.update({name: about[2]}) or made([1], [1]),
                                                {}, {}) for name in bench.ROWS})
-    bench.main(["--molecules", "a", "--spectra", "b", "--text", "c", "--scenes", "d"])
+    bench.main(["--molecules", "a", "--spectra", "b", "--text", "c", "--scenes", "d", "--logs", "e"])
     for name, config in got.items():
         scripts = {"train_edl": (edl, "a"), "train_student": (student, "b"), "train_distill": (distill, "c"),
-                   "train_adapter": (adapter, "d")}
-        script, folder = scripts.get(name.split()[0], (logbert, ""))
+                   "train_adapter": (adapter, "d"), "train_logbert": (logbert, "e")}
+        script, folder = scripts[name.split()[0]]
         assert type(config) is script.Config and config.data_dir == folder, name
 
 
@@ -635,4 +650,5 @@ def test_gpu_dry_run_runs_everything_without_a_gpu():
     assert torch.cuda.is_available() or "no CUDA device here, so the same code runs on the CPU" in done.stdout
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0][2:] for line in table] == ["row", *bench.ROWS]
-    assert sum("computed: " in line for line in table) == 2
+    assert sum("Computed: " in line for line in table) == 1
+    assert sum(line.split(" | ")[7] == "-" for line in table) == 2       # two processes, and what is compiled

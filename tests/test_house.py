@@ -30,7 +30,7 @@ PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/spectra/prepare
            "data/logs/prepare.py": prepare_logs}
 # where the flags of a script's verbs are, if not in the script
 VERBS = {"train_student.py": search, "train_distill.py": report, "train_adapter.py": scene_report}
-BUDGET = dict.fromkeys(SCRIPTS, 750) | {"train_adapter.py": 1200, "bench.py": 750, "common.py": 350, "runs.py": 350,
+BUDGET = dict.fromkeys(SCRIPTS, 750) | {"train_adapter.py": 1200, "bench.py": 800, "common.py": 350, "runs.py": 350,
                                         "autopsy.py": 220}
 
 
