@@ -1,6 +1,5 @@
-"""What holds for the whole repository: lines and files a reader can hold, commands in texts that parse, no pickle."""
+"""What holds for the whole repository: lines and files a reader can hold, no pickle, scripts that stay alike."""
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -10,26 +9,12 @@ import train_distill
 import train_edl
 import train_logbert
 import train_student
-from data.logs import prepare as prepare_logs
-from data.molecules import prepare as prepare_molecules
-from data.scenes import prepare as prepare_scenes
-from data.scenes import report as scene_report
-from data.spectra import prepare as prepare_spectra
-from data.spectra import search
-from data.text import prepare as prepare_text
-from data.text import report
-from runs import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"out", "venv", ".venv"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not ELSEWHERE & set(path.relative_to(ROOT).parts))
 SCRIPTS = {"train_edl.py": train_edl, "train_student.py": train_student, "train_distill.py": train_distill,
            "train_adapter.py": train_adapter, "train_logbert.py": train_logbert}
-PREPARE = {"data/molecules/prepare.py": prepare_molecules, "data/spectra/prepare.py": prepare_spectra,
-           "data/text/prepare.py": prepare_text, "data/scenes/prepare.py": prepare_scenes,
-           "data/logs/prepare.py": prepare_logs}
-# where the flags of a script's verbs are, if not in the script
-VERBS = {"train_student.py": search, "train_distill.py": report, "train_adapter.py": scene_report}
 BUDGET = dict.fromkeys(SCRIPTS, 750) | {"train_adapter.py": 1200, "bench.py": 800, "common.py": 350, "runs.py": 350,
                                         "autopsy.py": 220}
 
@@ -45,41 +30,6 @@ def test_lines_fit(path):
 def test_no_pickle(path):
     assert not re.search(r"\bpickle\b|torch\.save|torch\.load|allow_pickle=True|all_gather_object|broadcast_object",
                          re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S))
-
-
-def commands():
-    """Each command of README.md, data/README.md and the docstrings that runs something of ours."""
-    texts = [(ROOT / name).read_text() for name in ("README.md", "data/README.md")]
-    texts += [module.__doc__ for module in (*SCRIPTS.values(), *PREPARE.values())]
-    for text in texts:
-        for line in text.replace("\\\n", " ").splitlines():
-            line = re.sub(r"\s+#.*", "", line.strip())
-            if re.match(r"(python|torchrun|pip install)\b", line):
-                yield from (part.strip() for part in line.split("&&") if ".py" in part)
-
-
-@pytest.mark.parametrize("command", sorted(set(commands())))
-def test_commands_in_the_texts_parse(command):
-    words = shlex.split(command)
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    assert (ROOT / words[script]).is_file()
-    arguments = words[script + 1:]
-    if "--help" in arguments:
-        return
-    if words[script] in PREPARE:
-        arguments = ["/dev/null" if word == "FILE" else word for word in arguments]
-        PREPARE[words[script]].parse(arguments)
-    elif words[script] in SCRIPTS:
-        module, verb = SCRIPTS[words[script]], arguments[0].capitalize() if arguments else ""
-        verbs = VERBS.get(words[script], module)
-        if hasattr(verbs, f"{verb}Flags"):
-            parse_flags(getattr(verbs, f"{verb}Flags"), arguments[1:])
-        else:
-            parse_flags(module.Config, arguments, "", module.ALIASES)
-
-
-def test_the_texts_name_commands():
-    assert len(set(commands())) > 15
 
 
 # ------------------------------------------------------------------------------------------------- siblings stay alike
