@@ -32,7 +32,7 @@ class NonFinite(RuntimeError):
 
 def fail(message):
     """End the program because of what the user gave it: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print("error:", *str(message).splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 # ---------------------------------------------------------------------------------------------------------- launch

@@ -40,7 +40,7 @@ def main(argv=None):
     for name, (file, title) in PANELS.items():      # each to the column that is shorter so far
         path = Path(getattr(flags, name)) / file
         if not path.is_file():
-            fail(f"--{name} {getattr(flags, name)}: there is no {file}; a finished run of {title.split(':')[0]} has one")
+            fail(f"--{name} {getattr(flags, name)}: there is no {file}; a run of {title.split(':')[0]} has one")
         min(columns, key=lambda column: sum(sheet.height for sheet in column)).append(panel(path, title))
     height = max(sum(sheet.height + GAP for sheet in column) for column in columns)
     whole = Image.new("RGB", (2 * WIDTH + 3 * GAP, height + GAP), "white")

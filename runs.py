@@ -71,7 +71,7 @@ def read_config(path, fields):
     try:
         base = json.loads(Path(path).read_text(), parse_float=finite_number, parse_constant=finite_number)
         base = dict(base.get("config", base))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         fail(f"--config {path}: not a JSON object of fields: {error}")
     for name, value in base.items():
         if name not in fields:
@@ -97,8 +97,7 @@ def complete(config, given, cpu, dry, fixed):
     if config.resume and not config.run_name:
         names = sorted(path.parent.name for path in Path(config.out_dir).glob("*/config.json"))
         fail(f"--resume needs --run_name; there is {', '.join(names) or 'no run yet'}")
-    saved = newest(Path(config.out_dir) / config.run_name) if config.resume else None
-    if saved:
+    if config.resume and (saved := newest(Path(config.out_dir) / config.run_name)):
         config = resume_config(config, given, saved[2]["config"], fixed)
     else:
         cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
@@ -122,9 +121,9 @@ def complete(config, given, cpu, dry, fixed):
 def steps_in(text):
     """'17,40-45' -> {17, 40, 41, 42, 43, 44, 45}"""
     try:
-        ranges = [part.partition("-") for part in text.split(",") if part]
-        return {step for first, _, last in ranges for step in range(int(first), int(last or first) + 1)}
-    except ValueError:
+        ranges = [re.fullmatch(r" *(\d{1,7}) *(?:- *(\d{0,7}) *)?", part).groups() for part in text.split(",") if part]
+        return {step for first, last in ranges for step in range(int(first), int(last or first) + 1)}
+    except AttributeError:                          # no match: numbers of more digits would fill the memory
         fail(f"--skip_steps {text}: write steps as 17,40-45")
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -132,13 +131,10 @@ def _crc(tensor):
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
     return zlib.crc32(data, zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode()))
 
-def write_file(path, tensors, body):
-    """Tensors and a JSON-able body in one checksummed safetensors file: complete and durable, or not there at all.
+def write_whole(path, blob):
+    """Bytes to a file: complete and durable, or not there at all.
 
     Raises OSError (disk full, no permission); whatever stood at path before is then still there, unharmed."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    body = json.dumps(body | {"crc32": {name: _crc(tensor) for name, tensor in tensors.items()}})
-    blob = to_safetensors(tensors, {"body": body, "body_crc32": str(zlib.crc32(body.encode()))})
     for left_over in path.parent.glob(f"{path.name}.tmp.*"):
         left_over.unlink(missing_ok=True)           # by a process that was killed while it saved
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -156,6 +152,12 @@ def write_file(path, tensors, body):
         os.fsync(folder)
         os.close(folder)
 
+def write_file(path, tensors, body):
+    """Tensors and a JSON-able body in one checksummed safetensors file, by write_whole()."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    body = json.dumps(body | {"crc32": {name: _crc(tensor) for name, tensor in tensors.items()}})
+    write_whole(path, to_safetensors(tensors, {"body": body, "body_crc32": str(zlib.crc32(body.encode()))}))
+
 def read_file(path):
     """-> (tensors, body) of a file by write_file. Raises ValueError that says what is damaged."""
     try:
@@ -168,8 +170,7 @@ def read_file(path):
     if str(zlib.crc32(header["body"].encode())) != header.get("body_crc32"):
         raise ValueError(f"{path}: the header's checksum is wrong")
     found = {name: _crc(tensor) for name, tensor in tensors.items()}
-    wrong = [name for name in {**body["crc32"], **found} if body["crc32"].get(name) != found.get(name)]
-    if wrong:
+    if wrong := [name for name in {**body["crc32"], **found} if body["crc32"].get(name) != found.get(name)]:
         raise ValueError(f"{path}: the checksum of {len(wrong)} tensor(s) is wrong: {', '.join(wrong[:3])}")
     return tensors, body
 
@@ -196,9 +197,8 @@ def save_checkpoint(folder, step, model, optimizer, body, keep=0):
     finite = all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
     path = Path(folder) / f"step-{step:08d}.safetensors{'' if finite else '.nonfinite'}"
     write_file(path, tensors, body | {"step": step, "optimizer": names})
-    if keep and finite:
-        for old in [file for file in checkpoints(folder) if file <= path][:-keep]:      # never the one just written
-            old.unlink()
+    for old in [file for file in checkpoints(folder) if finite and file <= path][:-keep]:   # [:-0] is none of them
+        old.unlink()                                # never the one just written
     return path
 
 def checkpoints(folder):
@@ -252,7 +252,7 @@ def restore(model, optimizer, tensors, body):
 def trained(out_dir, run_name):
     """The folder of a run that has a best.safetensors, or fail() naming those that there are."""
     folder = Path(out_dir) / run_name
-    if not run_name or not (folder / "best.safetensors").exists():
+    if not run_name or not os.path.exists(folder / "best.safetensors"):
         names = ", ".join(sorted(path.parent.name for path in Path(out_dir).glob("*/best.safetensors")))
         fail(f"--run_name {run_name}: no such trained run in {out_dir}; there is {names or 'none yet'}")
     return folder
@@ -276,13 +276,13 @@ class Run:
                              text=True)             # by the shell: a machine without git leaves it empty
         about = {"config": dataclasses.asdict(config), "derived": derived, "world_size": world_size(),
                  "commit": git.stdout.strip(), "torch": torch.__version__, "python": sys.version.split()[0]}
-        (self.folder / "config.json").write_text(json.dumps(about, indent=1))
+        write_whole(self.folder / "config.json", json.dumps(about, indent=1).encode())
         (self.folder / "train.pid").write_text(f"{os.getpid()}\n")
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(True) if start and path.exists() else []
         self.rows = [json.loads(line) for line in lines if line.endswith("\n")]    # a kill may have cut the last one
         self.rows = [row for row in self.rows if row["step"] < start + (row["split"] == "train")]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         if config.wandb:
             try:
                 import wandb

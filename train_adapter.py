@@ -50,12 +50,13 @@ from torch import nn
 from common import (DTYPES, RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, global_rows, launch,
                     listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
 from data.files import demo_set, file_sha256, or_fail
-from data.scenes import demo, report
+from data.scenes import demo, pictures, report
 from data.scenes.diffusers_folder import (GATED, Schedule, TextShape, adapter_flags, load_part, part_sha256,
                                           read_adapter, read_config, schedule_of, write_adapter)
 from data.scenes.encoders import CLIPText, Down, Level, Resnet, Up, attend, load_text_encoder, load_vae  # noqa: F401
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags,
-                  read_config as read_flags, read_file, restore, resume_config, save_checkpoint, steps_in, write_file)
+                  read_config as read_flags, read_file, restore, resume_config, save_checkpoint, steps_in, write_file,
+                  write_whole)
 
 # B rows, N boxes, L text tokens, H x W cells of a level, T = H * W cells as tokens, D width, S pixels a side
 
@@ -173,13 +174,14 @@ def read_folder(folder, device):
             table[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
         for name in ("pooled", "time_ids") if (folder / "pooled.npy").exists() else ():
             table[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+        pictures.check_arrays(table, meta)
         rows = {name: np.flatnonzero(table["split"] == i) for i, name in enumerate(meta["splits"])}
         for name in {*table} - {"phrase", "caption", "split"} if meta["kind"] == "toy" else ():
             table[name] = torch.from_numpy(np.array(table[name])).to(device)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:                      # a damaged array or meta.json has any type, shape and value
         raise ValueError(f"--data_dir {folder}: no prepared scenes ({error!r:.100}); python data/scenes/prepare.py "
                          "--help tells how to make some") from None
-    if not len(rows["train"]) or not len(rows["val"]):
+    if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         raise ValueError(f"--data_dir {folder}: no rows to train on, or none to validate on")
     return Data(folder, meta, table, rows, device, file_sha256(folder / "meta.json"))
 
@@ -718,13 +720,13 @@ def load_toy(folder):
 def load_base(config):
     """--base -> (the frozen model with gated layers, sha256 of what makes its numbers). ValueError."""
     folder = Path(config.base)
-    if (folder / "best.safetensors").exists():
+    if os.path.exists(folder / "best.safetensors"):
         if config.base_dtype != "float32":
             raise ValueError(f"--base_dtype {config.base_dtype}: a toy base is held in float32")
         model, sha256 = load_toy(folder), file_sha256(folder / "best.safetensors")
         if config.adapter:
             model.load_state_dict(read_adapter(config.adapter, model.state_dict()), strict=False)
-    elif folder.is_dir():
+    elif os.path.isdir(folder):
         model = load_unet(folder, DTYPES[config.base_dtype], config.adapter or True)
         model.schedule = load_schedule(folder)
         sha256 = hashlib.sha256(repr((part_sha256(folder, "unet"), model.schedule)).encode()).hexdigest()
@@ -999,7 +1001,7 @@ def run_training(config, device):
             fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
     if chain and rank() == 0:                       # what a resume must know before the last phase has a checkpoint
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"config": asked}, indent=1))
+        write_whole(folder / "config.json", json.dumps({"config": asked}, indent=1).encode())
     for one in (*chain, config):
         listen()                                    # again: the phase before is over
         done = run_phase(one, device, name)

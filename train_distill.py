@@ -53,8 +53,8 @@ from data.text.cache import cached_teacher
 from data.text.hf import SIZES, read_weights, rope_frequencies, shape_of, write_folder
 from data.text.tables import TAUGHT, find_folder, get_rows, packed, read_folder, share, shortest
 from data.text.tokens import load_tokenizer as read_tokenizer
-from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags,
-                  read_config, read_file, restore, resume_config, save_checkpoint, steps_in, write_file)
+from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_config,
+                  read_file, restore, resume_config, save_checkpoint, steps_in, write_file, write_whole)
 
 # B rows, T positions, N supervised positions of a batch, C of a chunk, V vocabulary, D width, H heads
 
@@ -551,7 +551,7 @@ def run_training(config, device):
             fail(f"{folder} already holds checkpoints: --resume goes on from them, another --run_name starts anew")
     if chain and rank() == 0:                       # what a resume must know before the last phase has a checkpoint
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"config": asked}, indent=1))
+        write_whole(folder / "config.json", json.dumps({"config": asked}, indent=1).encode())
     for one in (*chain, config):
         listen()                                    # again: the phase before is over
         done = run_phase(one, device, name)

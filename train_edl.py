@@ -46,7 +46,7 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set, or_fail
+from data.files import check_ids, check_rows, demo_set, or_fail, reading
 from data.molecules.report import generate_like, read_condition, report, summary, token_ids, write_csv
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
@@ -157,8 +157,8 @@ def load_data(config, device="cpu"):
     more = (more if names or config.scaffold else []) + (["--limit", "500"] if config.dry_run else [])
     name = ("demo500" if config.dry_run else "demo") + "_conditions" * ("--props" in more)
     folder = Path(config.data_dir) if config.data_dir else demo_set("molecules", name, device, *more)
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
+    with reading(folder, "molecules/prepare.py --input FILE"):
+        meta = {"canonical": False} | json.loads((folder / "meta.json").read_text())       # unless it says so
         missing = [name for name in names if name not in meta.get("props", {})]
         missing += ["scaffold"] if config.scaffold and not (folder / "scaffold_tokens.npy").exists() else []
         if missing:
@@ -166,10 +166,14 @@ def load_data(config, device="cpu"):
                  "prepare.py --input FILE --name N --props logp,sas,tpsa,qed --scaffold --force")
         kinds = ["tokens", "offsets"] + ["scaffold_tokens", "scaffold_offsets"] * config.scaffold
         array = {kind: np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in [*kinds, "split"]}
-        props = np.load(folder / "props.npy") if names else None
-    except (OSError, ValueError, EOFError) as error:
-        fail(f"--data_dir {folder}: {error}; make one with python data/molecules/prepare.py --input FILE --name N")
-    rows = {name: np.flatnonzero(array["split"] == i) for i, name in enumerate(meta["splits"])}
+        props, stats, n = np.load(folder / "props.npy").astype(np.float32) if names else None, None, len(array["split"])
+        for kind in kinds[::2]:
+            check_rows(array[kind.replace("tokens", "offsets")], array[kind], n=n, most=len(meta["vocab"]))
+        check_ids("split", array["split"], len(meta["splits"]), 0, (n,))
+        rows = {name: np.flatnonzero(array["split"] == i) for i, name in enumerate(meta["splits"])}
+        if names:
+            props = torch.from_numpy(props.reshape(n, -1)[:, [[*meta["props"]].index(x) for x in names]]).to(device)
+            stats = torch.tensor([[meta["props"][name][x] for name in names] for x in ("mean", "std")])
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
     if config.train_rows:                           # fewer rows are some of those that more rows would be
@@ -180,12 +184,8 @@ def load_data(config, device="cpu"):
     table = np.empty(len(kind), np.uint8 if tokens.dtype == np.uint8 else np.int16)
     for i, ids in enumerate((array.get("scaffold_tokens", []), BOS, tokens, EOS)):
         table[kind == i] = ids
-    start, stats = np.cumsum(prefix + own + 2) - (prefix + own + 2), None
-    if names:
-        props = torch.from_numpy(props[:, [list(meta["props"]).index(name) for name in names]]).to(device)
-        stats = torch.tensor([[meta["props"][name][x] for name in names] for x in ("mean", "std")])
-    return Data(torch.from_numpy(table).to(device), start, prefix, own + 1, props, stats, rows,
-                int(max(own.max() + 1, prefix.max())), meta["vocab"], meta["canonical"])
+    return Data(torch.from_numpy(table).to(device), np.cumsum(prefix + own + 2) - (prefix + own + 2), prefix, own + 1,
+                props, stats, rows, int(max(own.max() + 1, prefix.max())), meta["vocab"], meta["canonical"])
 
 
 WINDOW = 4                                          # global batches that are sorted by length together

@@ -44,7 +44,7 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set
+from data.files import check_ids, check_rows, demo_set, or_fail, reading, whole_file
 from data.logs import metrics
 from runs import (Run, checkpoints, complete, load_newest, load_tensors, model_tensors, parse_flags, read_file, restore,
                   save_checkpoint, steps_in, trained, write_file)
@@ -160,21 +160,26 @@ def load_data(config, device="cpu"):
     """data_dir -> Data; without data_dir the demo set, which rank 0 builds if it is not there yet."""
     demo = ("demo600", device, "--limit", "600") if config.dry_run else ("demo", device)
     folder = Path(config.data_dir) if config.data_dir else demo_set("logs", *demo)
-    try:
+    with reading(folder, "logs/prepare.py --input FILE"):
         meta = json.loads((folder / "meta.json").read_text())
         keys, offsets, labels, unique, split = (np.load(folder / f"{name}.npy") for name in (
             "keys", "offsets", "labels", "unique", "split"))
         meta["ids"] = (folder / "sessions.txt").read_text(encoding="utf-8").split("\n")
-        gaps = np.log1p(np.load(folder / "gaps.npy")) if meta["has_gaps"] else np.zeros(len(keys), np.float32)
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"--data_dir {folder}: {error!r}; make one with python data/logs/prepare.py --input FILE --name N")
-    rows = {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}
+        gaps = np.load(folder / "gaps.npy") if meta["has_gaps"] else np.zeros(len(keys), np.float32)
+        check_rows(offsets, keys, n=len(split), most=len(meta["templates"]))
+        for name, array, most in (("split", split, len(meta["splits"])), ("unique", unique, 2 ** 31),
+                                  ("labels", labels, len(meta["kinds"]) + 1)):
+            check_ids(name, array, most, -1 if name == "labels" else 0, (len(meta["ids"]) - 1,))
+        if gaps.shape != keys.shape or not ((gaps >= 0) & (gaps < np.inf)).all():
+            raise ValueError("the gaps are not as many seconds as there are keys")
+        rows, table = {name: np.flatnonzero(split == i) for i, name in enumerate(meta["splits"])}, to_ids(
+            keys, meta["n_train_keys"])
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
     if config.use_gaps and not meta["has_gaps"]:
         fail(f"--use_gaps: {folder} has no times; leave the flag out")
-    return Data(meta, keys, to_ids(keys, meta["n_train_keys"]), gaps, offsets[:-1], np.diff(offsets), labels, unique,
-                rows, torch.device(device))
+    return Data(meta, keys, table, np.log1p(gaps), offsets[:-1], np.diff(offsets), labels, unique, rows,
+                torch.device(device))
 
 
 @functools.lru_cache(maxsize=2)
@@ -654,10 +659,7 @@ class EvalFlags:
 def open_run(flags, device):
     """-> the run's folder, its best model, its Config with what the flags say instead."""
     folder = trained(flags.out_dir, flags.run_name)
-    try:
-        model = load_model(folder / "best.safetensors", device)
-    except ValueError as error:
-        fail(error)
+    model = or_fail(load_model, folder / "best.safetensors", device)
     names = "data_dir", "detector", "quantile", "margin"
     given = {name: x for name, x in vars(flags).items() if name in names and x not in ("", -1)}
     config = Config(**model.about["config"] | given | {"resume": False})
@@ -689,22 +691,20 @@ def main_score(argv):
     if not some or config.use_gaps and not reader.has_times:
         fail(f"--input {flags.input}: no session, or no times although the model reads them; {dict(reader.counts)}")
     try:
-        limit = json.loads((folder / "thresholds.json").read_text())["thresholds"][config.detector]
-        Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-        file = open(flags.out, "w", newline="", encoding="utf-8")
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"{error!r}: train_logbert.py eval --run_name {flags.run_name} writes thresholds.json; --out {flags.out}")
-    writer = csv.writer(file)
-    writer.writerow(["session", "first_line", "keys", "unseen", "score", "threshold", "verdict", "explanation"])
-    while some:
-        sessions = [Session(to_ids(one.keys, model.n_keys), np.log1p(np.float32(one.gaps))) for one in some]
-        for one, session, score in zip(some, sessions, score_sessions(model, sessions, config)[config.detector]):
-            texts = [model.templates[key] if key >= 0 else one.unknown[i] for i, key in enumerate(one.keys)]
-            flagged.append(score > limit)
-            verdict = ("anomaly", explain(model, session, texts, config)) if score > limit else ("normal", "")
-            writer.writerow([one.id, one.first_line, len(texts), sum(session.ids == UNK), score, limit, *verdict])
-        some = list(itertools.islice(read, flags.batch_size))
-    file.close()
+        limit = float(json.loads((folder / "thresholds.json").read_text())["thresholds"][config.detector])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        fail(f"{error!r:.200}: train_logbert.py eval --run_name {flags.run_name} writes thresholds.json")
+    with whole_file(Path(flags.out)) as file:
+        writer = csv.writer(file)
+        writer.writerow(["session", "first_line", "keys", "unseen", "score", "threshold", "verdict", "explanation"])
+        while some:
+            sessions = [Session(to_ids(one.keys, model.n_keys), np.log1p(np.float32(one.gaps))) for one in some]
+            for one, session, score in zip(some, sessions, score_sessions(model, sessions, config)[config.detector]):
+                texts = [model.templates[key] if key >= 0 else one.unknown[i] for i, key in enumerate(one.keys)]
+                flagged.append(score > limit)
+                verdict = ("anomaly", explain(model, session, texts, config)) if score > limit else ("normal", "")
+                writer.writerow([one.id, one.first_line, len(texts), sum(session.ids == UNK), score, limit, *verdict])
+            some = list(itertools.islice(read, flags.batch_size))
     print(f"{flags.out}: {len(flagged):,} sessions, {sum(flagged):,} anomalous ({config.detector} > {limit:.4f})"
           + "".join(f"; {name} {n:,}" for name, n in reader.counts.items()))
 

@@ -43,7 +43,7 @@ from torch import nn
 
 from common import (RING, Guard, NonFinite, agree, autocast, cast, every, fail, finish, float32_island, global_rows,
                     launch, listen, local_rows, pick_dtype, rank, seed_step, unwrap, world_size, wrap_ddp)
-from data.files import demo_set, given_file, or_fail
+from data.files import demo_set, given_file, or_fail, reading
 from data.spectra import metrics, search
 from data.spectra.features import ATOM_SIZES, N_FEATURES
 from data.spectra.tables import MASKED, read_folder, read_list
@@ -132,10 +132,8 @@ def load_data(config, device="cpu"):
         return read_list(config.smiles, device)
     demo = ("demo300", device, "--limit", "300") if config.dry_run else ("demo", device)
     folder = Path(config.data_dir) if config.data_dir else demo_set("spectra", *demo)
-    try:
+    with reading(folder, "spectra/prepare.py --msp FILE"):
         data = read_folder(folder, device)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        fail(f"--data_dir {folder}: {error!r}; make one with python data/spectra/prepare.py --msp FILE --name N")
     if not len(data.rows.get("train", [])) or not len(data.rows.get("val", [])):
         fail(f"--data_dir {folder}: no rows in the train or the val split")
     return data.with_more(config.smiles) if config.smiles and config.phase == "student" else data

@@ -17,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
+
 from common import agree, fail, rank
 
 def with_progress(items, total, unit):
@@ -99,6 +101,23 @@ def whole_folder(folder):
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Write into the text file that this gives; it then takes the place of `path`. What goes wrong leaves an older one
+    alone. A link or what is no file, as /dev/stdout, is written to as it stands."""
+    direct = path.is_symlink() or path.exists() and not path.is_file()
+    new = path if direct else path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "w", newline="", encoding="utf-8") as file:
+            yield file
+        new.replace(path)                           # a path that is its own replacement stays
+    except OSError as error:
+        fail(f"--out {path} cannot be written: {error.strerror or error}")
+    finally:
+        if not direct:
+            new.unlink(missing_ok=True)
+
 def demo_set(kind, name, device, *flags):
     """The folder data/kind/name, for a script that was given no data; rank 0 builds it if it is not there yet."""
     folder = Path(__file__).parent / kind / name
@@ -123,7 +142,7 @@ def given_file(flag, *paths):
             fail(f"--{flag} {path}: a pickle may run code when it is loaded. Its tensors become safetensors by: python "
                  f"-c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), "
                  "'weights.safetensors')\"; whether they fit is another question: the script names what does not")
-        if path and not Path(path).is_file():
+        if path and not os.path.isfile(path):              # which is false, too, for a name that is too long
             fail(f"--{flag} {path}: no such file" + "; a run has out/NAME/best.safetensors" * (flag != "smiles"))
 
 def write_json(path, found):
@@ -138,6 +157,32 @@ def aligned(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join([f"{row[0]:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:]))])
             for row in rows]
+
+@contextlib.contextmanager
+def reading(folder, words):
+    """A prepared set is read in this; whatever is wrong with it ends in fail(), with the words that make another."""
+    try:
+        yield
+    except Exception as error:                      # a damaged array or meta.json has any type, shape and value
+        fail(f"--data_dir {folder}: {error!r:.300}; make one with python data/{words} --name N")
+
+def check_ids(name, array, most, least=0, shape=None):
+    """ValueError unless an array, of this shape if one is given, has whole numbers from `least` to below `most`."""
+    dtype, shape = array.dtype, shape or array.shape
+    if dtype.kind not in "iu" or not dtype.isnative or array.shape != shape or array.size and not (
+            least <= array.min() and array.max() < most):
+        raise ValueError(f"{name}, {dtype} {list(array.shape)}, is not {list(shape)} numbers in {least}..{most - 1}")
+
+def check_rows(offsets, *arrays, n=None, most=None):
+    """ValueError unless offsets (n + 1,) int64 cut each array into n rows, of ids below `most` if that is given."""
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or n not in (None, len(offsets) - 1) or not len(offsets) or (
+            offsets[0] or (np.diff(offsets) < 0).any()):
+        raise ValueError("the offsets do not go from 0 upwards, one for each row")
+    for array in arrays:
+        if len(array) != offsets[-1]:
+            raise ValueError(f"{len(array):,} entries where the offsets end at {offsets[-1]:,}")
+        if most is not None:
+            check_ids("an array of ids", array, most, 0, (int(offsets[-1]),))
 
 def or_fail(function, *arguments):
     """What the function returns; a ValueError of it ends in fail()."""

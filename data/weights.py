@@ -71,7 +71,7 @@ def weight_files(folder, stems, variants=("",)):
             if index.is_file():
                 names = whole(index, lambda path: {*json.loads(path.read_bytes())["weight_map"].values()})
                 for name in sorted(map(str, names)):
-                    if not re.fullmatch(r"\w[\w.+=-]*", name) or not (folder / name).is_file():
+                    if not re.fullmatch(r"\w[\w.+=-]*", name) or not os.path.isfile(folder / name):
                         raise ValueError(f"{index} names {name!r:.60}, which is no file beside it: get what is missing")
                 return [folder / name for name in sorted(map(str, names))], opener
     raise ValueError(f"{folder} has no weights: neither {' nor '.join(stem + end for end, stem in stems.items())}, "

@@ -9,6 +9,18 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes hours: a long soak, commands as they are written; only by -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests are left out, unless -m speaks of them: then it decides."""
+    left_out = [] if "slow" in config.option.markexpr else [item for item in items if item.get_closest_marker("slow")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def pair():
     """Two gloo processes: pair.run(function, *arguments) calls it in both -> [rank 0's answer, rank 1's]."""

@@ -77,7 +77,7 @@ def test_a_cost_counts_products_bytes_and_reads():
     assert cost_of(lambda: a @ b) == (2 * 3 * 5 * 7, 0, 0)
     assert cost_of(lambda: a + 1) == (0, 2 * 60, 0) and cost_of(lambda: a.add_(1)) == (0, 2 * 60, 0)
     assert cost_of(lambda: a.view(-1)[:3].detach()) == (0, 0, 0)      # a view moves nothing
-    assert cost_of(lambda: table[torch.tensor([3])])[1] <= 2 * 24 + 2 * 8                       # nor does what is not picked
+    assert cost_of(lambda: table[torch.tensor([3])])[1] <= 2 * 24 + 2 * 8       # nor what is not picked
     assert cost_of(lambda: a.sum().item())[2] == 1 and cost_of(lambda: (a > 0).nonzero())[2] == 1
     q = torch.randn(2, 4, 300, 16, requires_grad=True)
     flops = cost_of(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())[0]
@@ -428,7 +428,8 @@ def test_loss_memory_is_without_weights_and_gradients(monkeypatch):
     assert 3 * size < row.seen.memory[1] < 9 * size and 3 << 18 < row.seen.memory[0] < 8 << 18
     monkeypatch.setattr(bench, "look", lambda device, sides: SimpleNamespace(memory=[10 ** 8, 10 ** 9]))
     row = bench.distill_loss(CPU, 1, SMALL[distill], 2_000, 2, 64, (32, 48))
-    assert row.seen.memory == [peak - 4 * 32 * (2_000 + 128) for peak in (10 ** 8, 10 ** 9)] and row.rates.shape == (2, 1)
+    assert row.seen.memory == [peak - 4 * 32 * (2_000 + 128) for peak in (10 ** 8, 10 ** 9)]
+    assert row.rates.shape == (2, 1)
     assert "76 positions of 2 x 64" in row.compared.replace("supervised ", "")
 
 

@@ -4,6 +4,7 @@ By default a training command runs in small, with --dry_run, in this process, on
 -m slow the commands that a newcomer types first run as they are written, in a clone of the repository.
 """
 import json
+import os
 import re
 import shlex
 import shutil
@@ -87,7 +88,7 @@ LATER = {"--phase": 0, "--init": 1, "--teacher": 1, "--base": 1}        # these 
 
 
 def trainings(script):
-    """The training commands of a script, each kind once: run names and data sets apart; first those that others need."""
+    """Training commands of a script, each kind once whatever its run and data are called; others need the first."""
     kinds = {}
     for command in COMMANDS:
         name, arguments = split(command)
@@ -135,6 +136,20 @@ def test_training_commands_run_in_small(script, words, home, monkeypatch, capsys
     shutil.rmtree(run, ignore_errors=True)
     SCRIPTS[script].main([*words, "--dry_run", "--device", "cpu"])
     assert (run / "best.safetensors").exists() and "skipped 0" in capsys.readouterr().out
+
+
+def test_break_them_yourself(tmp_path):
+    """README's snippet, run as it stands, says what README says, lines of the sources included."""
+    text = (ROOT / "README.md").read_text().split("Break them yourself.")[1]
+    snippet, told = (re.search(fence, text, re.S)[1] for fence in (r"```python\n(.*?)```", r"```\n(step 7.*?)```"))
+    (tmp_path / "broken.py").write_text(snippet)
+    done = subprocess.run([sys.executable, "broken.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    said = [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
+    for line in told.splitlines():
+        line = re.sub(r"(loss = \d\.\d).*", r"\1", line.split("  ...")[0].rstrip())      # digits are a machine's own
+        assert any(found.startswith(line) for found in said), line
 
 
 # ------------------------------------------------------------------------------------------------------- as written

@@ -99,5 +99,5 @@ def test_the_copy_reads_a_file_and_refuses_what_is_none(home):
 def test_the_copy_keeps_what_is_common(home):
     """Common flags and the optimizer step are those of train_edl.py to the letter."""
     one, other = ((home / "train_sensor.py").read_text(), (ROOT / "train_edl.py").read_text())
-    for start, end in (("# common to all scripts", "# this script"), ("# ---------------- one optimizer", "if not last:")):
+    for start, end in (("# common to all scripts", "# this script"), ("# ---------------- one opti", "if not last:")):
         assert one.split(start)[1].split(end)[0] == other.split(start)[1].split(end)[0]

@@ -32,6 +32,12 @@ def test_no_pickle(path):
                          re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S))
 
 
+def test_links_in_the_texts_lead_somewhere():
+    texts = [ROOT / "README.md", ROOT / "data/README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(path, link) for path in texts for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text())]
+    assert len(links) > 15 and not [(path.name, link) for path, link in links if not (path.parent / link).exists()]
+
+
 # ------------------------------------------------------------------------------------------------- siblings stay alike
 def common_fields(text):
     """(name, type, help) of the flags that all scripts share, in order; the defaults are each script's own."""

@@ -375,10 +375,10 @@ def test_sigkill_while_saving(tmp_path):
     assert not list(tmp_path.glob("*.tmp.*"))
 
 
-def full_disk_by_limit(monkeypatch):
+def full_disk_by_limit(monkeypatch, size=65536):
     """The kernel refuses to let any file grow past 64 KB (Python ignores the signal that comes with it)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
@@ -565,6 +565,23 @@ def test_a_resume_after_a_kill_in_the_middle_of_a_line(tmp_path):
     path = run.folder / "metrics.jsonl"
     path.write_text(path.read_text()[:-10])
     assert [row["step"] for row in rows_of(Run(config_in(tmp_path), start=4))] == [2]
+
+
+@pytest.mark.parametrize("name,size", [("metrics.jsonl", 65536), ("config.json", 0)])
+def test_a_resume_on_a_full_disk_or_killed_while_it_writes_loses_nothing(tmp_path, monkeypatch, name, size):
+    """It writes both again: into the old file a kill in the middle would be as bad as the full disk here."""
+    run = Run(config_in(tmp_path))
+    for step in range(500):
+        run.measure(step, "train", loss=1.0, note="x" * 200)
+    path = run.folder / name
+    whole, free = path.read_bytes(), full_disk_by_limit(monkeypatch, size)
+    try:
+        with pytest.raises(OSError):
+            Run(config_in(tmp_path), start=500)
+    finally:
+        free()
+    assert path.read_bytes() == whole and len(whole) > size
+    assert not list(run.folder.glob("*.tmp.*"))
 
 
 def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):

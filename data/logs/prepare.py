@@ -134,7 +134,8 @@ def seconds(stamp, time_format):
     """Time stamp -> seconds since 1970 (without a zone: taken for UTC), None if it does not fit the format."""
     try:
         if time_format == "epoch" or not time_format and re.fullmatch(r"\d+(\.\d*)?", stamp):
-            return float(stamp)
+            number = float(stamp)
+            return number if abs(number) < 1e30 else None            # or a gap, float32, would not be finite
         moment = datetime.strptime(stamp, time_format) if time_format else datetime.fromisoformat(stamp)
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError):
@@ -598,7 +599,7 @@ def already_there(folder, sha256, settings):
         same = meta["options"] == settings and sha256 in (None, meta["sha256"])
         names = [f"{name}.npy" for name in ("keys", "offsets", "labels", "split", "unique")] + ["sessions.txt"]
         return same and all((folder / name).is_file() for name in names + ["gaps.npy"] * meta["has_gaps"])
-    except (ValueError, KeyError, TypeError):       # damaged: to be built again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):     # damaged: built again
         return False
 
 # ------------------------------------------------------------------------------------------------------------ demo set

@@ -262,7 +262,7 @@ def build_vocabulary(table, names):
     kept["offsets"] = np.concatenate([[0], np.cumsum(np.diff(table["offsets"])[known])])
     return kept, vocabulary, rejected
 
-def cut_val(table, vocabulary):
+def cut_val(table, vocabulary, source):
     """Fill an empty val split with 2 % of the train rows (1 .. 10,000), those of lowest hash -> how many.
 
     A row stays in train if it is the last one there to use some token: the vocabulary must not lose any.
@@ -280,7 +280,7 @@ def cut_val(table, vocabulary):
             if len(cut) == wanted:
                 break
     if not cut:
-        fail(f"there are no validation rows, and none of the {train.sum()} training rows can be spared for them")
+        fail(f"{source} has no validation rows, and none of the {train.sum()} training rows can be spared for them")
     table["split"][cut] = 1
     return len(cut)
 
@@ -300,7 +300,7 @@ def build(rows, total, source, settings, options, folder):
              f"rejected: {', '.join(f'{reason} {n:,}' for reason, n in reasons) or 'none'}")
     splits = order_splits(table, splits)
     table, vocabulary, strangers = build_vocabulary(table, names)
-    moved = 0 if (table["split"] == 1).any() else cut_val(table, vocabulary)
+    moved = 0 if (table["split"] == 1).any() else cut_val(table, vocabulary, source)
 
     size, scaffold_size = table["size"], np.diff(table["offsets"]) - table["size"]
     is_molecule = np.repeat(np.tile([True, False], len(size)), np.stack([size, scaffold_size], 1).ravel())
@@ -358,7 +358,7 @@ def already_there(folder, sha256, settings):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         same = meta["options"] == settings and sha256 in (None, meta["sha256"])
-    except (ValueError, KeyError, TypeError):       # damaged: to be built again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):     # damaged: built again
         return False
     names = ["tokens", "offsets", "split"] + ["props"] * bool(settings["props"])
     names += ["scaffold_tokens", "scaffold_offsets"] * settings["scaffold"]

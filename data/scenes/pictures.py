@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.files import check_ids
+from data.scenes import demo
+
 SMALLEST = 64                                       # pixels: a smaller picture is no training data, unless --size is
 SPLITS = ["train", "val", "test"]
 SYNONYMS = {"training": "train", "validation": "val", "valid": "val"}
@@ -89,6 +92,33 @@ def read_row(number, row):
         return bad("half of a surrogate pair")
     notes = [f"unknown key {key[:40]!r}" for key in sorted(set(row) - KEYS)]         # half a pair cannot be printed
     return Row(number, path, plain_text(caption), kept, name, rejected, notes)
+
+
+def check_arrays(table, meta):
+    """ValueError unless the arrays of a prepared set, by name, are of n rows and what they point at is there."""
+    n, slots, toy = len(table["split"]), meta["slots"], meta["kind"] == "toy"
+    captions, phrases, boxes = len(table["contexts"]), len(table["phrases"]), table["boxes"]
+    check_ids("split", table["split"], 256, 0, (n,))
+    check_ids("phrase", table["phrase"], phrases, -1, (n, slots))
+    check_ids("caption", table["caption"], captions, 0, (n,))
+    if [table[name].dtype for name in ("phrase", "caption")] != [np.int32] * 2:
+        raise ValueError("phrase or caption is not int32")
+    if boxes.shape != (n, slots, 4) or boxes.dtype != np.float32 or not ((boxes >= 0) & (boxes <= 1)).all():
+        raise ValueError(f"boxes {list(boxes.shape)} are not {n} x {slots} within 0 ... 1")
+    if toy:
+        forms = {"labels": (n, demo.SIZE, demo.SIZE), "colours": (n, slots), "kinds": (n, slots)}
+        forms |= {name: table[name].shape[:2] for name in ("contexts", "phrases")}
+        for (name, form), known in zip(forms.items(), (demo.PALETTE, demo.COLOURS, demo.SHAPES, *[demo.WORDS] * 2)):
+            check_ids(name, table[name], len(known), 0, form)
+        return
+    if not isinstance(meta["base"], dict):
+        raise ValueError("meta.json does not say which base it is of")
+    for name, form in {"latents": (n, 4), "contexts": (captions, 3), "phrases": (phrases, 2), "time_ids": (n, 2),
+                       "pooled": (captions, 2)}.items():
+        array = table.get(name)
+        if array is not None and ((len(array), array.ndim) != form or 0 in array.shape or array.dtype.kind != "f"
+                                  or not array.dtype.isnative):
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not {form[0]} rows of {form[1]} dimensions")
 
 
 def open_picture(path, least):

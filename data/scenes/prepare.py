@@ -147,6 +147,7 @@ class Clip:
     def __init__(self, base, options):
         self.tokenizer, (folder, raw) = load_tokenizer(base), read_config(base, "text_encoder")
         shape = text_shape(raw, str(folder / "config.json"))
+        self.source = f"the text encoder of {base}"
         self.sha256, self.batch, self.length = part_sha256(base, "text_encoder"), options.batch_size, min(
             self.tokenizer.length, shape.positions)
         if self.tokenizer.size > shape.vocab_size:
@@ -194,6 +195,7 @@ class Stored:
         if len(self.places) < len(texts):
             raise ValueError(f"{path.with_suffix('.json')}: {len(texts) - len(self.places):,} texts are there twice, "
                              "blanks aside")
+        self.source = f"--embeddings {path}"
         self.sha256, self.batch, self.length = file_sha256(path), options.batch_size, self.tensors["context"][0][1]
         self.fingerprint = f"{self.sha256} {file_sha256(path.with_suffix('.json'))}"
         self.widths = {name: self.tensors[name][0][-1] for name in ("context", "phrases", "pooled")
@@ -218,7 +220,7 @@ def embedded(texts, encoder, kind):
         values, cut = encoder.embed(texts[i:i + encoder.batch], kind)
         values = values.half().numpy()
         if not (good := np.isfinite(values.reshape(len(values), -1)).all(1)).all():
-            fail(f"the {kind} of {texts[i + int(good.argmin())]!r:.60} is not finite in float16")
+            fail(f"{encoder.source}: the {kind} of {texts[i + int(good.argmin())]!r:.60} is not finite in float16")
         yield values, cut
 
 
@@ -407,12 +409,12 @@ def already_there(folder, sha256, settings, force):
         names = [f"{name}.npy" for name in meta["arrays"]]
         names += ["texts.json", "rejected.jsonl", "pictures.jsonl"] * (meta["kind"] == "latents")
         there = all((folder / name).is_file() for name in names)
-    except (ValueError, KeyError, TypeError):       # damaged: to be built again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):     # damaged: built again
         return False
     if there and odd and meta["kind"] == "latents" and not force:
         fail(f"{folder} holds {told} already (what differs: {listed(odd)}): --force replaces them, another --name "
              "keeps them")
-    return there and not odd and meta["format"] == FORMAT and not force
+    return there and not odd and meta.get("format") == FORMAT and not force
 
 
 # --------------------------------------------------------------------------------------------------------------- main

@@ -83,11 +83,15 @@ def read_vocabulary(folder):
         model = parts.get("model") if isinstance(parts.get("model"), dict) else {}
         if model.get("end_of_word_suffix") != "</w>" or not isinstance(model.get("vocab"), dict):
             raise ValueError(f"{path} is no tokenizer of CLIP: its model is no BPE whose words end in </w>")
-        added = {token.get("content"): token.get("id") for token in parts.get("added_tokens") or []}
-        vocab, merges = added | model["vocab"], model.get("merges")
-        if not isinstance(merges, list):
-            raise ValueError(f"{path} has no list of merges")
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+        added, merges = parts.get("added_tokens") or [], model.get("merges")
+        if not isinstance(merges, list) or not isinstance(added, list) or not all(
+                isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
+            raise ValueError(f"{path} has no list of merges, or of added_tokens")
+        vocab = {token["content"]: token.get("id") for token in added} | model["vocab"]
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else pair for pair in merges]
+        if odd := [pair for pair in merges if not isinstance(pair, (tuple, list)) or [*map(type, pair)] != [str, str]]:
+            raise ValueError(f"{path}: {odd[0]!r:.60} is no merge of two tokens")
+        merges = [*map(tuple, merges)]
     else:
         others = sorted(item.name for item in folder.glob("*.model"))
         raise ValueError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json"
@@ -119,7 +123,7 @@ def load_tokenizer(folder):
     for name, default in NAMES.items():
         token = older.get(name) or config.get(name) or default
         token = token.get("content") if isinstance(token, dict) else token
-        if token not in vocab:
+        if not isinstance(token, str) or token not in vocab:
             raise ValueError(f"{path} lacks {token!r:.60}, the {name}")
         special[name] = token
     length = config.get("model_max_length") or LONGEST

@@ -316,7 +316,7 @@ def already_there(folder, sha256, settings):
         same = meta["format"] == FORMAT and meta["options"] == settings and sha256 in (None, meta["sha256"])
         names = [f"{name}.npy" for name in meta["arrays"]] + ["molecules.csv", "spectra.csv", "rejected.jsonl"]
         return same and all((folder / name).is_file() for name in names)
-    except (ValueError, KeyError, TypeError):       # damaged: to be built again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):     # damaged: built again
         return False
 
 # ---------------------------------------------------------------------------------------------------------------- main

@@ -11,7 +11,9 @@ import torch
 from rdkit import Chem, rdBase
 
 from common import cast, fail, rank
-from data.spectra.features import ECFP_BITS, N_FEATURES, block1_of, featurise, join, read_smiles, recipe
+from data.files import check_ids, check_rows
+from data.spectra.features import (ATOM_SIZES, BOND_SIZES, ECFP_BITS, N_FEATURES, block1_of, featurise, join,
+                                   read_smiles, recipe)
 
 MASKED = 8  # the kind of a bond that is hidden; the others are 2 * type + whether it is in a ring
 
@@ -19,6 +21,7 @@ MASKED = 8  # the kind of a bond that is hidden; the others are 2 * type + wheth
 class Ragged:
     """Rows of different lengths back to back: columns on the device, offsets (rows + 1,) int64 on the host."""
     def __init__(self, offsets, *columns, device="cpu"):
+        check_rows(offsets, *columns)
         self.offsets, self.columns, self.device = offsets, cast(columns, torch.device(device)), torch.device(device)
 
     def take(self, rows):
@@ -209,6 +212,34 @@ def read_molecules(path, with_graph=True, max_mass=math.inf):
     return made, names, bad
 
 
+def check_arrays(array, meta, names):
+    """ValueError unless the arrays are of one set, and what they point at is there."""
+    n, value = len(array["mass"]), array["peak_value"]
+    if len(names) != n or {len(name) for name in names} != {2} or not ((value >= 0) & (value < np.inf)).all():
+        raise ValueError("molecules.csv is not a table of all molecules, or peak_value has no intensities")
+    check_rows(array["peak_offsets"], array["peak_bin"], value, n=len(array["molecule"]))
+    for name in ("fp", "fragment", "atom", "bond", "member", "broken"):
+        check_rows(array[f"{name}_offsets"], n=n)
+    for name, most in {"peak_bin": meta["bins"], "fp_index": N_FEATURES, "fp_count": 256, "mass": 2 ** 31,
+                       "fragment_kind": 4, "fragment_mass": 2 ** 31}.items():
+        check_ids(name, array[name], most)
+    check_ids("molecule", array["molecule"], n, 0, (array["molecule"].size,))
+    if len(np.unique(array["molecule"])) < n:
+        raise ValueError("there are molecules without a spectrum")
+    check_ids("split", array["split"], len(meta["splits"]), 0, (n,))
+    for name, sizes in {"atoms": ATOM_SIZES, "bonds": (256, 256, *BOND_SIZES)}.items():
+        check_ids(name, array[name], 256)
+        if not (array[name] < np.array(sizes)).all():
+            raise ValueError(f"{name} has categories that there are not")
+    for name, owner, of in (("fragment_atoms", "member", "atom"), ("broken_bonds", "broken", "bond"),
+                            ("bonds", "bond", "atom")):
+        ends, there = (np.diff(array[f"{x}_offsets"]) for x in (owner, of))
+        ids = array[name][:, :2] if name == "bonds" else array[name][:, None]
+        check_ids(name, ids, 256)
+        if not (ids < np.repeat(there, ends)[:, None]).all():
+            raise ValueError(f"{name} has numbers above those of its molecule's {of}s")
+
+
 def read_folder(folder, device="cpu"):
     """What prepare.py wrote -> Data. Raises OSError, ValueError, KeyError or IndexError for what is no such folder."""
     meta = json.loads((folder / "meta.json").read_text())
@@ -216,6 +247,7 @@ def read_folder(folder, device="cpu"):
         raise ValueError("made by another version of data/spectra/features.py, to be made again with --force")
     array = {name: np.load(folder / f"{name}.npy") for name in meta["arrays"]}
     names = [tuple(line.split(",")) for line in (folder / "molecules.csv").read_text().splitlines()[1:]]
+    check_arrays(array, meta, names)
     offsets, bins, value = (array[f"peak_{name}"] for name in ("offsets", "bin", "value"))
     owner, weighed = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), bins * np.sqrt(value)
     weighed /= np.sqrt(np.bincount(owner, weighed.astype(float) ** 2)).clip(1e-6).astype(np.float32)[owner]

@@ -188,7 +188,7 @@ def collect(path, chosen, total, tokenizer):
             offsets.append(len(tokens))
             prompt.append(result.n_prompt)
             notes.update(result.notes)
-            notes.update(f"unknown key {key[:40]}" for key in row.unknown)
+            notes.update(f"unknown key {key[:40].encode(errors='backslashreplace').decode()}" for key in row.unknown)
     dtype = np.uint16 if tokenizer.size <= 2**16 else np.int32
     return (kept, np.array(tokens, np.int32).astype(dtype), np.array(offsets, np.int64), np.array(prompt, np.int32),
             notes, sorted(rejected))
@@ -270,7 +270,7 @@ def already_there(folder, sha256, settings, tokenizer):
         same = same and load_tokenizer(folder).fingerprint == tokenizer.fingerprint
         names = [f"{name}.npy" for name in ARRAYS] + ["mc.jsonl", "rejected.jsonl"]
         return same and all((folder / name).is_file() for name in names)
-    except (ValueError, KeyError, TypeError):       # damaged: to be built again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):     # damaged: built again
         return False
 
 # ---------------------------------------------------------------------------------------------------------------- main

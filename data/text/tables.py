@@ -1,6 +1,7 @@
 """Prepared text as tensors: all rows in one table of token ids, batches of any rows of it."""
 import functools
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from common import cast, fail, rank
-from data.files import demo_set, file_sha256, made_set, or_fail
+from data.files import check_ids, check_rows, demo_set, file_sha256, made_set, or_fail, reading
 from data.text.hf import SIZES, read_config, shape_of
 from data.text.tokens import Bytes, load_tokenizer, shared_size
 
@@ -47,7 +48,7 @@ def find_folder(config, holders, device):
     folder = Path(config.data_dir)
     if not config.data_dir:
         return demo_set("text", "demo300" if config.dry_run else "demo", device, *["--limit", "300"] * config.dry_run)
-    if not folder.exists():
+    if not os.path.exists(folder):
         fail(f"--data_dir {folder}: no such file of JSON lines, and no prepared folder")
     if folder.is_dir():
         return folder
@@ -59,22 +60,22 @@ def find_folder(config, holders, device):
 
 
 def read_folder(folder, max_length, train_on_prompt, device):
-    """A folder by prepare.py -> Data. Raises ValueError that says what is wrong with it."""
-    try:
+    """A folder by prepare.py -> Data. What is wrong with it ends in fail()."""
+    with reading(folder, "text/prepare.py --input FILE"):
         meta = json.loads((folder / "meta.json").read_text())
         tokens, offsets, prompt, split = (np.load(folder / f"{name}.npy") for name in (
             "tokens", "offsets", "prompt", "split"))
-        tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"--data_dir {folder}: {error}; make one with python data/text/prepare.py --input FILE "
-                         "--name N") from None
+        check_rows(offsets, tokens, n=len(split), most=2 ** 31)
+        check_ids("prompt", prompt, 2 ** 31, shape=split.shape)
+        check_ids("split", split, len(meta["splits"]))
+        tokenizer, splits = load_tokenizer(folder), [*meta["splits"]]
     length = np.minimum(np.diff(offsets), max_length) - 1
     first = np.maximum(prompt.astype(np.int64) - 1, 0)
     full, cut = first >= length, np.diff(offsets) > max_length
     if rank() == 0 and (full.any() or cut.any()):
         print(f"{folder}: {full.sum():,} rows left out, their prompts fill --max_length {max_length}; "
               f"{(cut & ~full).sum():,} rows cut to it", flush=True)
-    rows = {name: np.flatnonzero((split == i) & ~full) for i, name in enumerate(meta["splits"])}
+    rows = {name: np.flatnonzero((split == i) & ~full) for i, name in enumerate(splits)}
     if not len(rows.get("train", [])) or not len(rows.get("val", [])):
         raise ValueError(f"--data_dir {folder}: no rows in the train or the val split")
     first, key = np.zeros_like(first) if train_on_prompt else first, 0
@@ -90,9 +91,9 @@ def shortest(config, say):
     least = config.max_length
     for flag in used + ["teacher_size"] * (not config.teacher):
         name = getattr(config, flag)
-        if not Path(name).is_dir() and (flag == "teacher" or name not in SIZES):
+        if not os.path.isdir(name) and (flag == "teacher" or name not in SIZES):
             fail(f"--{flag} {name}: no such folder" + f", and not one of {', '.join(SIZES)}" * (flag != "teacher"))
-        raw = or_fail(read_config, Path(name)) if Path(name).is_dir() else SIZES[name] | {"vocab_size": 1}
+        raw = or_fail(read_config, Path(name)) if os.path.isdir(name) else SIZES[name] | {"vocab_size": 1}
         positions = or_fail(shape_of, raw, name).n_positions
         if positions < least:
             least = positions

@@ -63,9 +63,11 @@ class Tokenizer:
         self.inner.no_truncation()
         self.inner.no_padding()
         self.text, self.config, self.eos = text, dict(config or {}), eos
-        self.parts = json.loads(self.inner.to_str())                 # as the library writes it
         self.vocab = {i: token for token, i in self.inner.get_vocab(with_added_tokens=True).items()}
         self.size = max(self.vocab, default=-1) + 1
+        if self.size > 2 ** 24:                     # the library counts up to it, whether or not these are there
+            raise ValueError(f"it has an id {self.size - 1:,}, but {len(self.vocab):,} tokens")
+        self.parts = json.loads(self.inner.to_str())                 # as the library writes it
         added = self.parts["added_tokens"]
         self.specials = frozenset(token["id"] for token in added if token["special"])
         unknown = self.parts["model"].get("unk_token")
@@ -106,7 +108,7 @@ def read_json(path):
     """A JSON object from a file, {} if there is none. Raises ValueError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -134,7 +136,7 @@ def load_tokenizer(folder):
     token = config.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None:
-        found.eos = found.inner.token_to_id(token) if isinstance(token, str) else None
+        found.eos = next((i for i, known in found.vocab.items() if known == token), None)
         if found.eos is None:
             raise ValueError(f"{folder}/tokenizer_config.json: the eos_token {token!r} is not in tokenizer.json")
         return found
@@ -142,7 +144,7 @@ def load_tokenizer(folder):
         eos = read_json(folder / name).get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if eos is not None and eos != []:
-            if eos not in found.vocab:
+            if type(eos) is not int or eos not in found.vocab:
                 raise ValueError(f"{folder / name}: the eos_token_id {eos!r} is no id of tokenizer.json, which has "
                                  f"{found.size:,}")
             found.eos = eos
