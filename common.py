@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 class NonFinite(RuntimeError):
     """The run must stop, with exit code 3. If intact, the weights are good and are those from before `step`."""
-    def __init__(self, message, step, intact=True):
+    def __init__(self, message, step, intact=True, bad=None):
+        one = f"    5. --skip_steps {step if bad is None else bad} with --resume, if only that batch is bad"
         super().__init__(f"""STOPPED before step {step}: {message}. What to try:
   1. the autopsy in the run's folder: it names the operation where the first Inf or NaN was born
   2. a lower --learning_rate or a longer --warmup_steps, with --resume
-  3. --dtype float32    4. a smaller --grad_clip    5. --skip_steps {step} with --resume, if only that batch is bad""")
+  3. --dtype float32    4. a smaller --grad_clip{one * intact}""")
         self.step, self.intact = step, intact
 
 def fail(message):
@@ -308,7 +309,7 @@ class Guard:
             raise NonFinite(f"non-finite {told} at step {step}, {value}; {damage or good}", step, intact=not damage)
         if self.in_a_row > self.max_skips or total > max(self.max_skips, 0.01 * self.seen):
             raise NonFinite(f"{self.in_a_row} non-finite steps in a row, {total} of {self.seen} in total {self.skips}; "
-                            f"{damage or good}", self.after, intact=not damage)
+                            f"{damage or good}", self.after, intact=not damage, bad=step)
         return False
 
     def state_dict(self):

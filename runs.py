@@ -97,14 +97,25 @@ def complete(config, given, cpu, dry, fixed):
     if config.resume and not config.run_name:
         names = sorted(path.parent.name for path in Path(config.out_dir).glob("*/config.json"))
         fail(f"--resume needs --run_name; there is {', '.join(names) or 'no run yet'}")
-    if config.resume and (saved := newest(Path(config.out_dir) / config.run_name)):
-        config = resume_config(config, given, saved[2]["config"], fixed)
+    folder, saved, main = Path(config.out_dir) / config.run_name, {}, int(os.environ.get("RANK", 0)) == 0
+    if config.resume and (found := newest(folder)):
+        saved = found[2]["config"]
+    elif config.resume:
+        if checkpoints(folder):
+            fail(f"--resume: none of the checkpoints in {folder} is whole; move them away to start anew")
+        if (folder / "config.json").is_file():      # it ended before its first checkpoint: begun again as it was
+            fields = {field.name: field for field in dataclasses.fields(config)}
+            saved = read_config(str(folder / "config.json"), fields)
+        if main:
+            print(f"--resume: there is no checkpoint in {folder}, so it starts anew", flush=True)
+    if len(saved) == len(vars(config)):             # a chain's own config.json holds less
+        config = resume_config(config, given, saved, fixed)
     else:
         cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
         preset = ({} if cuda else cpu) | (dry if config.dry_run else {})
         preset = {name: value for name, value in preset.items() if name not in given}
         config = dataclasses.replace(config, **preset)
-        if preset and int(os.environ.get("RANK", 0)) == 0:
+        if preset and main:
             print("dry run:" if config.dry_run else "no GPU:", *(f"--{k} {v}" for k, v in preset.items()), flush=True)
     for name in ("batch_size", "grad_accum", "learning_rate", "n_layer", "n_head", "n_embd"):
         if getattr(config, name, 1) <= 0:
@@ -271,7 +282,10 @@ class Run:
         self.start, self.begun, self.since = start, time.perf_counter(), time.perf_counter()
         if not self.main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out_dir {config.out_dir}: {error}")
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True,
                              text=True)             # by the shell: a machine without git leaves it empty
         about = {"config": dataclasses.asdict(config), "derived": derived, "world_size": world_size(),

@@ -324,6 +324,8 @@ class LogBERT(nn.Module):
 def load_model(path, device="cpu"):
     """best.safetensors, or an event's model.safetensors -> LogBERT in eval mode. Raises ValueError if it is damaged."""
     tensors, body = read_file(path)
+    if "next_share" not in body["about"]["config"]:
+        raise ValueError(f"{path} is of another script")
     model = LogBERT(Config(**body["about"]["config"]), body["about"]["data"])
     load_tensors(model, tensors, path)
     return model.to(device).eval()
@@ -682,8 +684,8 @@ def main_score(argv):
     from data.logs.prepare import LogReader
     flags, _ = parse_flags(ScoreFlags, argv, "Score the sessions of a new log.")
     folder, model, config = open_run(flags, launch(flags.device))
-    if not flags.input or flags.batch_size < 1:
-        fail("--input FILE is the log to score (- for standard input); --batch_size must be above 0")
+    if not flags.input or flags.batch_size < 1 or Path(flags.input).resolve() == Path(flags.out).resolve():
+        fail("--input FILE is the log to score (- for standard input), --out another file; --batch_size is above 0")
     timeout = {"session_timeout": flags.session_timeout} if flags.session_timeout else {}
     reader, flagged = LogReader(model.about["data"]["parser"] | timeout, model.templates), []
     read = reader.sessions(flags.input)

@@ -164,7 +164,8 @@ def reading(folder, words):
     try:
         yield
     except Exception as error:                      # a damaged array or meta.json has any type, shape and value
-        fail(f"--data_dir {folder}: {error!r:.300}; make one with python data/{words} --name N")
+        told = str(error) if isinstance(error, OSError) else repr(error)    # the one names its file, the other its kind
+        fail(f"--data_dir {folder}: {told:.300}; make one with python data/{words} --name N")
 
 def check_ids(name, array, most, least=0, shape=None):
     """ValueError unless an array, of this shape if one is given, has whole numbers from `least` to below `most`."""

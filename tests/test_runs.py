@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 
 import runs
+import train_edl
 from runs import (Run, checkpoints, load_newest, load_tensors, model_tensors, newest, parse_flags, read_file, restore,
                   resume_config, save_checkpoint, write_file)
 from tiny import Config, fingerprint, make_net
@@ -473,10 +474,50 @@ def test_load_tensors_of_a_model_alone(tmp_path):
     assert body["about"] == {"dropout": 0.1} and all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+def begun(tmp_path, **fields):
+    """A run's folder as it is before its first checkpoint, and the Config of a --resume that says no more."""
+    config = train_edl.settle(train_edl.Config(run_name="r", out_dir=str(tmp_path), **fields), {"run_name", *fields})
+    Run(config)
+    return train_edl.Config(run_name="r", out_dir=str(tmp_path), resume=True), {"run_name", "out_dir", "resume"}
+
+
+def test_a_resume_before_the_first_checkpoint_begins_as_it_was_begun(tmp_path, capsys):
+    config, given = begun(tmp_path, n_embd=48, n_head=3, data_dir="mine", dry_run=True)
+    found = train_edl.settle(config, given)
+    assert (found.n_embd, found.n_head, found.data_dir, found.max_steps) == (48, 3, "mine", train_edl.DRY["max_steps"])
+    assert f"there is no checkpoint in {tmp_path / 'r'}, so it starts anew" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:         # another model is another run, here as well
+        train_edl.settle(dataclasses.replace(config, n_embd=64), given | {"n_embd"})
+    assert stop.value.code == 2 and "--n_embd is 48" in capsys.readouterr().err
+
+
+def test_a_resume_of_nothing_says_so(tmp_path, capsys):
+    train_edl.settle(train_edl.Config(run_name="typo", out_dir=str(tmp_path), resume=True), {"run_name", "resume"})
+    assert f"there is no checkpoint in {tmp_path / 'typo'}, so it starts anew" in capsys.readouterr().out
+
+
+def test_a_resume_without_a_whole_checkpoint_is_refused(tmp_path, capsys):
+    config, given = begun(tmp_path)
+    (tmp_path / "r/step-00000003.safetensors").write_bytes(b"cut off")
+    with pytest.raises(SystemExit) as stop:
+        train_edl.settle(config, given)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "none of the checkpoints in" in said.err and said.err.count("\n") == 1
+    assert "step-00000003.safetensors is not a whole" in said.out
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        Run(train_edl.Config(run_name="r", out_dir=str(tmp_path / "file")))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: --out_dir {tmp_path / 'file'}: ")
+
+
 def load_newest_here(folder):
-    if runs.rank() == 1:                            # it must not look itself: a folder may seem otherwise from there
-        runs.newest = None
-    found = load_newest(folder, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        if runs.rank() == 1:                        # it must not look itself: a folder may seem otherwise from there
+            patch.setattr(runs, "newest", None)
+        found = load_newest(folder, torch.device("cpu"))
     return found and (found[1]["step"], float(found[0]["model.bias"][0]))
 
 

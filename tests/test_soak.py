@@ -55,11 +55,22 @@ def finish(processes):
     assert [end.code for end in ends] == [0] * len(ends), "\n".join(end.err[-3000:] for end in ends)
 
 
-def strike(processes, home, seconds, chance):
-    """SIGKILL to one process or to all, after a random time, half of the time while a file is being written; the others
-    are told to stop, as torchrun does -> False if one of them has come to its end before."""
+def pause(process, seconds):
     with contextlib.suppress(subprocess.TimeoutExpired):
-        processes[0].communicate(timeout=chance.uniform(0, 0.6 * seconds))
+        process.communicate(timeout=seconds)        # a full pipe would stop it
+
+
+def strike(processes, home, seconds, chance):
+    """SIGKILL to one process or to all, one time in four right after the start, else after the first save, a random
+    time later, half of the time while a file is being written; the others are told to stop, as torchrun does -> False
+    if one of them has come to its end before."""
+    def saved():
+        return sum(log.read_text().count("\nsaved ") for log in home.glob("*/train.log"))
+    early, old, until = chance.random() < 0.25, saved(), time.monotonic() + PATIENCE
+    while not early and saved() == old and all(process.poll() is None for process in processes):
+        pause(processes[0], 0.05)
+        assert time.monotonic() < until, "it hangs"
+    pause(processes[0], chance.uniform(0, 0.3 * seconds))
     old, until = {*home.glob("*/*.tmp.*")}, time.monotonic() + chance.choice([0, 5])
     while time.monotonic() < until and not {*home.glob("*/*.tmp.*")} - old:
         time.sleep(0.0005)                          # a file is written in milliseconds

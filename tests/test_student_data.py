@@ -267,13 +267,23 @@ def test_one_batch_carries_all_that_a_step_needs(data, phase, taught):
     assert batch["rivals"].shape == (n, Z) and n < RIVALS and batch["are_own"].dtype == torch.bool
     library = weigh(data.measured().sqrt())         # as compute_loss weighs what it compares them with
     close = dict(rtol=0, atol=1e-6)
-    torch.testing.assert_close(batch["rivals"].sum(1).sort()[0], library[data.rows["train"]].sum(1).sort()[0], **close)
+    torch.testing.assert_close(batch["rivals"].sum(1).sort()[0], library[data.rows["train"]].sum(1).sort()[0],
+                               rtol=1e-6, atol=0)
     for row, own in zip(molecules, batch["are_own"]):
         torch.testing.assert_close(batch["rivals"][own], library[row][None], **close)
     if taught:
         for name in ("taught", "feature", "confidence"):
             assert batch[name].dtype == torch.float32 and torch.equal(batch[name], data.taught[name][molecules].float())
     assert "rivals" not in get_batch(data, "train", 2, dataclasses.replace(config, rank_weight=0.0))
+
+
+def test_a_library_without_replicates_has_none(data):
+    first = [rows[np.isin(rows, data.first)] for rows in data.spectra.values()]
+    molecule = data.molecule[np.sort(np.concatenate(first))]
+    alone = dataclasses.replace(data, molecule=molecule, first=np.arange(len(data.first)))
+    molecules, spectra = alone.replicates()
+    assert len(molecules) == 0 and spectra.shape == (0, data.molecules.bins)
+    assert data.dense(np.zeros(0, np.int64)).shape == (0, data.molecules.bins)
 
 
 def rows_of(folder, phase, batch_size, grad_accum, step):

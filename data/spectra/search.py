@@ -127,8 +127,8 @@ def main_sample(script, argv):
         fail(f"--batch_size {flags.batch_size}: must be above 0")
     made, names, bad = candidates_in(flags.smiles, "smiles", script, model)
     out, molecules = Path(flags.out), Molecules(join(made), model.about["bins"], device)
-    if out.is_dir():
-        fail(f"--out {out} is a folder: name a file")
+    if out.is_dir() or out.resolve() == Path(flags.smiles).resolve():
+        fail(f"--out {out} is {'a folder' if out.is_dir() else 'what --smiles reads'}: name a file of its own")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = open(out, "w", encoding="utf-8")

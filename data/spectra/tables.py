@@ -166,7 +166,7 @@ class Data:
         owner, _, place, *values = self.peaks.take(spectra)
         value = values[weighed]
         out = value.new_zeros(len(spectra) * self.molecules.bins)
-        return out.index_put((owner * self.molecules.bins + place,), value).view(len(spectra), -1)
+        return out.index_put((owner * self.molecules.bins + place,), value).view(len(spectra), self.molecules.bins)
 
     def measured(self):
         return self.dense(self.first).cpu()
