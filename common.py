@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 class NonFinite(RuntimeError):
     """The run must stop, with exit code 3. If intact, the weights are good and are those from before `step`."""
     def __init__(self, message, step, intact=True, bad=None):
-        one = f"    5. --skip_steps {step if bad is None else bad} with --resume, if only that batch is bad"
+        bad = step if bad is None else bad          # what may be passed over: with "skip" it lies before the stop
         super().__init__(f"""STOPPED before step {step}: {message}. What to try:
   1. the autopsy in the run's folder: it names the operation where the first Inf or NaN was born
   2. a lower --learning_rate or a longer --warmup_steps, with --resume
-  3. --dtype float32    4. a smaller --grad_clip{one * intact}""")
+  3. --dtype float32    4. a smaller --grad_clip    5. --skip_steps {bad} with --resume, if only that batch is bad""")
         self.step, self.intact = step, intact
 
 def fail(message):
