@@ -710,7 +710,7 @@ ROWS = {                                            # a function, what it is tol
     "train_student predict": (student_predict, {}, dict(n=8, turns=1)),
     "train_distill train": (distill_train, {}, TINY),
     "train_distill loss, V 50257": (distill_loss, dict(vocab=50257, B=2), dict(vocab=499, T=20)),
-    "train_distill loss, V 151936": (distill_loss, dict(vocab=151936, B=1, T=256), dict(vocab=499, T=20)),
+    "train_distill loss, V 151936": (distill_loss, dict(vocab=151936, B=1), dict(vocab=499, T=20)),
     "train_adapter step": (adapter_step, {}, TINY),
     "train_adapter step, both compiled": (adapter_step, dict(compiled=True), TINY),      # with --gpu
     "train_adapter step, latents and texts cached": (adapter_cached, {}, TINY),
