@@ -19,7 +19,7 @@ from PIL import Image
 
 import autopsy
 import train_logbert
-from runs import checkpoints, read_file
+from runs import checkpoints, read_file, write_file
 
 SCRIPTS = ["train_logbert.py", "common.py", "runs.py", "autopsy.py", "data/files.py",
            *[f"data/logs/{path.name}" for path in (ROOT / "data/logs").glob("*.py")]]
@@ -304,9 +304,17 @@ def test_what_cannot_be_scored(trained, cannot_score, tmp_path):
 def test_a_score_that_fails_leaves_the_older_file_alone(cannot_score, tmp_path):
     (tmp_path / "x.csv").write_text("yesterday's\n")
     cannot_score(input="")
+    assert "--out another file" in cannot_score(input=tmp_path / "x.csv")
     cannot_score(input=tmp_path / "no.log")
     cannot_score(detector="distance")
     assert (tmp_path / "x.csv").read_text() == "yesterday's\n"
+
+
+def test_a_model_of_another_script_is_named(trained, refused, tmp_path):
+    tensors, body = read_file(trained[0] / "best.safetensors")
+    (tmp_path / "run").mkdir()
+    write_file(tmp_path / "run/best.safetensors", tensors, body | {"about": {"config": {"edl_evidence": "exp"}}})
+    assert "is of another script" in refused("eval", "--run_name", "run", "--out_dir", tmp_path, "--device", "cpu")
 
 
 @pytest.mark.parametrize("damage", ["a bit", "the end", "the start"])

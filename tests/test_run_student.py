@@ -833,6 +833,7 @@ def test_bad_flags_are_refused(data, refused, tmp_path, words, said):
     ("sample", "--run_name nobody", "there is alone, pretrain, stu"), ("sample", "--batch_size 0", "--batch_size 0"),
     ("sample", "--smiles", "expected one argument"), ("sample", "--smiles no.smi", "no.smi cannot be read"),
     ("sample", "--smile x", "did you mean --smiles"), ("sample", "--out {out}", "is a folder"),
+    ("sample", "--out {smi}", "is what --smiles reads"),
     ("sample", "--run_name pretrain", "knows no spectra"), ("sample", "--smiles {bad}", "lines is a molecule"),
     ("rank", "--msp no.msp", "no.msp"), ("rank", "--candidates no.smi", "no.smi cannot be read"),
     ("rank", "--candidates {bad}", "is a molecule of at most 160 Da"), ("rank", "--windo 5", "did you mean --window"),
@@ -844,5 +845,6 @@ def test_what_the_verbs_refuse(straight, sampled, refused, tmp_path, verb, words
     files = {"sample": ["--smiles", path.with_name("list.smi"), "--out", tmp_path / "x.msp"], "eval": [],
              "rank": ["--msp", path, "--candidates", path.with_name("list.smi")]}[verb]
     valid = [verb, "--run_name", "student", "--out_dir", straight["student"].parent, "--device", "cpu", *files]
-    assert said in refused(*valid, *words.format(out=tmp_path, bad=tmp_path / "bad.smi").split())
+    assert said in refused(*valid, *words.format(out=tmp_path, bad=tmp_path / "bad.smi",
+                                                    smi=path.with_name("list.smi")).split())
     assert not (tmp_path / "x.msp").exists()
