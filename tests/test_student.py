@@ -449,7 +449,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(taught):
     are_own = torch.eye(4, dtype=torch.bool)
     p, load, usage = torch.rand(4, 3).softmax(1), torch.tensor([4.0, 3.0, 1.0]), torch.tensor([0.5, 0.3, 0.2])
     confidence = torch.tensor([0.5, 2.0, 1.0, 0.25])
-    batch = {"target": target, "count": 10, "micro": 0, "temperature": 3.0, "rivals": rivals, "are_own": are_own}
+    batch = {"target": target, "count": 10, "micro": 0, "temperature": 3.0, "rivals": weigh(rivals),
+             "are_own": are_own}
     batch |= {"taught": said, "feature": feature, "confidence": confidence} if taught else {}
     config = settings(hard_weight=0.3, soft_weight=0.7, feature_weight=0.2, rank_weight=0.4, balance_weight=0.6)
     loss, parts = compute_loss(Says(y, h, p, load, usage=usage), batch, 0, config)
