@@ -117,7 +117,7 @@ class Cost(TorchDispatchMode):
 def ceilings(device, dtype):
     """-> FLOP/s of one large product in this dtype, bytes/s of a large copy, read and written."""
     n, m = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
-    a, x, y = torch.randn(n, n, device=device, dtype=dtype), *torch.empty(2, m, device=device)
+    a, x, y = torch.randn(n, n, device=device, dtype=dtype), *torch.rand(2, m, device=device)     # written
     rates = measure(device, 5, [lambda: 2 * n ** 3 * len([a @ a for _ in range(8)]), lambda: 2 * y.copy_(x).nbytes])
     return np.median(rates, 1).tolist()
 

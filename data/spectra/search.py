@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common import fail, finish, launch, rank
-from data.files import or_fail
+from data.files import or_fail, whole_file
 from data.spectra import metrics
 from data.spectra.features import featurise, join, read_smiles
 from data.spectra.metrics import COSINES, weigh
@@ -129,12 +129,7 @@ def main_sample(script, argv):
     out, molecules = Path(flags.out), Molecules(join(made), model.about["bins"], device)
     if out.is_dir() or out.resolve() == Path(flags.smiles).resolve():
         fail(f"--out {out} is {'a folder' if out.is_dir() else 'what --smiles reads'}: name a file of its own")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(out, "w", encoding="utf-8")
-    except OSError as error:
-        fail(f"--out {out} cannot be written: {error}")
-    with file:
+    with whole_file(out) as file:
         for rows in np.split(np.arange(len(made)), range(flags.batch_size, len(made), flags.batch_size)):
             for row, spectrum in zip(rows, script.predict(model, molecules, rows).numpy() * 999):
                 text, *name = names[row].split(None, 1)
